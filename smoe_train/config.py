@@ -1,0 +1,277 @@
+"""Strict configuration: YAML files and overrides merged by OmegaConf, checked by pydantic, all mistakes at once.
+
+A configuration is built from layers, each overriding the one before: the files named by ``extends:`` (oldest first),
+the file itself, then ``key.path=value`` overrides. Blocks that are tagged unions (``type`` or ``source``) are
+replaced, not merged, when a later layer changes the tag: options of one router mean nothing to another.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from smoe_train.errors import Problem, RecipeError
+from smoe_train.registry import suggest
+
+TAGS = ("type", "source")
+MAX_EXTENDS = 16
+COMMAND_LINE = "command line"
+
+Tree = dict[str, Any]
+Model = TypeVar("Model", bound="StrictModel")
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration section: unknown keys, wrong types and NaN are errors; instances are immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+@dataclass(frozen=True)
+class Layered:
+    """A merged configuration that remembers where each value came from.
+
+    Attributes:
+        values: Plain nested dictionaries.
+        origins: Dotted key path -> ``file:line`` or ``command line``.
+        source: What to name when a key has no origin of its own (the last file read).
+    """
+
+    values: Tree
+    origins: dict[str, str] = field(default_factory=dict)
+    source: str = "recipe"
+
+    def where(self, key: str) -> str:
+        """Returns the origin of ``key`` or of its nearest ancestor."""
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return self.source
+
+
+def read_layers(path: Path, resolve: typing.Callable[[str, Path], Path]) -> Layered:
+    """Reads a YAML file and everything it extends.
+
+    Args:
+        path: The file.
+        resolve: Turns the text after ``extends:`` and the folder of the extending file into a path.
+
+    Raises:
+        RecipeError: A file is missing, is not a YAML mapping, or extends itself.
+    """
+    chain: list[tuple[Path, Tree, dict[str, str]]] = []
+    seen: list[Path] = []
+    current: Path | None = path
+    while current is not None:
+        if current in seen or len(seen) >= MAX_EXTENDS:
+            cycle = " -> ".join(str(p) for p in [*seen, current])
+            raise RecipeError([Problem(str(path), "extends", f"extends itself or is nested too deeply: {cycle}")])
+        seen.append(current)
+        values, lines = _read_yaml(current)
+        parent = values.pop("extends", None)
+        chain.append((current, values, lines))
+        if parent is not None and not isinstance(parent, str):
+            where = lines.get("extends", str(current))
+            raise RecipeError([Problem(where, "extends", "expected the name or path of one recipe")])
+        current = resolve(parent, current.parent) if parent is not None else None
+    merged = Layered({}, {}, str(path))
+    for _, values, origins in reversed(chain):
+        merged = Layered(merge(merged.values, values), merged.origins | origins, str(path))
+    return merged
+
+
+def apply_overrides(layered: Layered, overrides: Sequence[str]) -> Layered:
+    """Applies ``key.path=value`` texts on top; values are read as YAML, tags of unions are applied first.
+
+    Raises:
+        RecipeError: An override is not of that form; all bad ones are listed.
+    """
+    problems: list[Problem] = []
+    parsed: list[tuple[str, Tree]] = []
+    for text in overrides:
+        key, separator, _ = text.partition("=")
+        if not separator or not key or any(not part for part in key.split(".")):
+            problems.append(Problem(COMMAND_LINE, "", f"{text!r} is not an override; write key.path=value"))
+            continue
+        try:
+            tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=True)
+            assert isinstance(tree, dict)
+            parsed.append((key, typing.cast(Tree, tree)))
+        except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError) as error:
+            problems.append(Problem(COMMAND_LINE, key, f"cannot read the value: {_first_line(error)}"))
+    if problems:
+        raise RecipeError(problems)
+    parsed.sort(key=lambda item: item[0].rpartition(".")[2] not in TAGS)
+    values, origins = layered.values, dict(layered.origins)
+    for key, tree in parsed:
+        values = merge(values, tree)
+        origins[key] = COMMAND_LINE
+    return Layered(values, origins, layered.source)
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
+    """Returns ``base`` overridden by ``top``; a block whose tag changes is replaced whole."""
+    if any(tag in top and tag in base and top[tag] != base[tag] for tag in TAGS):
+        return dict(top)
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def build(model: type[Model], layered: Layered) -> tuple[Model | None, list[Problem], frozenset[str]]:
+    """Checks a configuration against its model and reports every mistake.
+
+    Returns:
+        The model, or None if not even the sound part of the values makes one; the problems; the key paths whose
+        values were left out because they are wrong (the model then holds defaults there, good only for further checks).
+    """
+    values = _integral_floats(layered.values)
+    problems: list[Problem] = []
+    dropped: set[str] = set()
+    for _ in range(MAX_EXTENDS):
+        try:
+            return model.model_validate_json(json.dumps(values)), problems, frozenset(dropped)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=True)
+            before = len(dropped)
+            for details in found:
+                keys = _key_path(model, details["loc"])
+                key = ".".join(keys)
+                if key in dropped:
+                    continue
+                dropped.add(key)
+                problems.append(Problem(layered.where(key), key, _message(model, details, keys)))
+                values = _without(values, keys)
+            if len(dropped) == before:
+                return None, problems, frozenset(dropped)
+        except (TypeError, ValueError, RecursionError) as error:
+            return None, [Problem(layered.source, "", f"cannot be read: {_first_line(error)}")], frozenset()
+    return None, problems, frozenset(dropped)
+
+
+def _read_yaml(path: Path) -> tuple[Tree, dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=True) if root is not None else {}
+    except OSError as error:
+        raise RecipeError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError([Problem(str(path), "", f"is not UTF-8 text: {error.reason} at byte {error.start}")]) from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError([Problem(f"{path}{line}", "", f"is not valid YAML: {error.problem}")]) from error
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise RecipeError([Problem(str(path), "", f"is not valid YAML: {_first_line(error)}")]) from error
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise RecipeError([Problem(str(path), "", "expected a YAML mapping of keys to values")])
+    return typing.cast(Tree, loaded), {key: f"{path}:{line}" for key, line in _lines(root, "")}
+
+
+def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
+            yield key, key_node.start_mark.line + 1
+            yield from _lines(value_node, key)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _integral_floats(value: Any) -> Any:
+    """Writes 1e5 as 100000, so that a whole number may be given in either notation."""
+    if isinstance(value, Mapping):
+        return {str(key): _integral_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_integral_floats(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without(values: Tree, keys: Sequence[str]) -> Tree:
+    if not keys or keys[0] not in values:
+        return values
+    if len(keys) == 1 or not isinstance(values[keys[0]], Mapping):
+        return {key: value for key, value in values.items() if key != keys[0]}
+    return {**values, keys[0]: _without(dict(values[keys[0]]), keys[1:])}
+
+
+def _key_path(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """Turns pydantic's location, which names union tags too, into the keys that the user wrote."""
+    keys: list[str] = []
+    current: Any = model
+    for part in loc:
+        members = _members(current)
+        if not isinstance(part, int) and len(members) > 1 and (
+            part in members or part in {getattr(member, "__name__", "") for member in members.values()}
+        ):
+            current = members.get(str(part), current)
+            continue
+        keys.append(str(part))
+        chosen = next(iter(members.values())) if len(members) == 1 else current
+        fields = getattr(chosen, "model_fields", {})
+        current = fields[part].annotation if part in fields else None
+    while keys and keys[-1].isdigit():  # an item of a list: name the list
+        keys.pop()
+    return keys
+
+
+def _members(annotation: Any) -> dict[str, Any]:
+    """Returns the models that an annotation admits, by tag (or by class name where there is no tag)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        tags = [annotation.model_fields[tag].default for tag in TAGS if tag in annotation.model_fields]
+        return {str(tags[0]) if tags else annotation.__name__: annotation}
+    members: dict[str, Any] = {}
+    if get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        for argument in get_args(annotation):
+            members |= _members(argument)
+    return members
+
+
+def _message(model: type[BaseModel], details: ErrorDetails, keys: Sequence[str]) -> str:
+    if details["type"] == "extra_forbidden":
+        return "unknown key" + suggest(keys[-1], _allowed_keys(model, details["loc"]))
+    if details["type"] == "union_tag_invalid":
+        context = details.get("ctx", {})
+        choices = [tag.strip().strip("'") for tag in str(context.get("expected_tags", "")).split(",")]
+        tag_key = str(context.get("discriminator", "type")).strip("'")
+        return f"unknown {tag_key} {context.get('tag')!r}{suggest(str(context.get('tag')), choices)}"
+    if details["type"] == "union_tag_not_found":
+        tag_key = str(details.get("ctx", {}).get("discriminator", "type"))
+        return f"the key {tag_key} is missing from this block; it chooses what the block describes"
+    if details["type"] == "missing":
+        return "is required and missing"
+    message = details["msg"].removeprefix("Value error, ")
+    shown = repr(details["input"])
+    return f"{message[0].lower()}{message[1:]} (got {shown if len(shown) <= 60 else shown[:57] + '...'})"
+
+
+def _allowed_keys(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    current: Any = model
+    for part in loc[:-1]:
+        members = _members(current)
+        if part in members:
+            current = members[str(part)]
+            continue
+        chosen = next(iter(members.values()), None) if len(members) == 1 else None
+        fields = getattr(chosen, "model_fields", {})
+        current = fields[part].annotation if part in fields else None
+    members = _members(current)
+    return sorted(next(iter(members.values())).model_fields) if len(members) == 1 else []
