@@ -173,7 +173,9 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, str]]:
     except OSError as error:
         raise RecipeError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from error
     except UnicodeDecodeError as error:
-        raise RecipeError([Problem(str(path), "", f"is not UTF-8 text: {error.reason} at byte {error.start}")]) from error
+        raise RecipeError(
+            [Problem(str(path), "", f"is not UTF-8 text: {error.reason} at byte {error.start}")]
+        ) from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError([Problem(f"{path}{line}", "", f"is not valid YAML: {error.problem}")]) from error
@@ -219,8 +221,10 @@ def _key_path(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     current: Any = model
     for part in loc:
         members = _members(current)
-        if not isinstance(part, int) and len(members) > 1 and (
-            part in members or part in {getattr(member, "__name__", "") for member in members.values()}
+        if (
+            not isinstance(part, int)
+            and len(members) > 1
+            and (part in members or part in {getattr(member, "__name__", "") for member in members.values()})
         ):
             current = members.get(str(part), current)
             continue

@@ -1,0 +1,33 @@
+"""The transformer: transformers-compatible models built from attention, feed-forward, routers and expert banks."""
+
+from smoe_train.model.config import ModelConfig, MoeConfig
+from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
+from smoe_train.model.feed_forward import StackedExperts
+from smoe_train.model.smoe_config import SmoeConfig
+from smoe_train.model.transformer import (
+    IGNORED_LABEL,
+    RankReduction,
+    SmoeForCausalLM,
+    SmoeModel,
+    SmoeOutput,
+    SmoePreTrainedModel,
+    language_model_loss,
+    weighted_router_loss,
+)
+
+__all__ = [
+    "IGNORED_LABEL",
+    "BankFactory",
+    "LocalExpertBank",
+    "ModelConfig",
+    "MoeConfig",
+    "RankReduction",
+    "SmoeConfig",
+    "SmoeForCausalLM",
+    "SmoeModel",
+    "SmoeOutput",
+    "SmoePreTrainedModel",
+    "StackedExperts",
+    "language_model_loss",
+    "weighted_router_loss",
+]

@@ -1,0 +1,88 @@
+"""Causal self-attention on torch's scaled-dot-product kernels, with rotary positions and a key-value cache.
+
+Shape suffixes: B batch, S sequence, D d_model, H heads, W head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention.
+
+    Args:
+        d_model: D.
+        num_heads: H.
+        layer: Index of the layer, its place in a key-value cache.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, layer: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.layer = layer
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, allowed: Tensor | None, cache: Any = None
+    ) -> Tensor:
+        """Returns the attended values [B, S, D].
+
+        Args:
+            x_BSD: Input.
+            rotation: Cosine and sine of the rotary angles [B, S, W], or None.
+            allowed: Boolean [B, 1, S, keys], True where a query may look; None for plain causal attention.
+            cache: A transformers cache to extend, or None.
+        """
+        batch, length, d_model = x_BSD.shape
+        q, k, v = self.qkv(x_BSD).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        y_BHSW = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+        y_BSD: Tensor = self.out(y_BHSW.transpose(1, 2).reshape(batch, length, d_model))
+        return y_BSD
+
+
+def rotary_angles(position_ids_BS: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns cosine and sine [B, S, W] of RoFormer's angles (arXiv 2104.09864), computed in fp32."""
+    exponents = torch.arange(0, width, 2, device=position_ids_BS.device, dtype=torch.float32) / width
+    angles = position_ids_BS.unsqueeze(-1).to(torch.float32) * theta**-exponents
+    angles_BSW = torch.cat([angles, angles], dim=-1)
+    return angles_BSW.cos().to(dtype), angles_BSW.sin().to(dtype)
+
+
+def rotate(x_BHSW: Tensor, cos_BSW: Tensor, sin_BSW: Tensor) -> Tensor:
+    """Turns each pair (w, w + W/2) of the head width by its angle."""
+    first, second = x_BHSW.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x_BHSW * cos_BSW.unsqueeze(1) + turned * sin_BSW.unsqueeze(1)
+
+
+def causal_mask(attention_mask: Tensor | None, length: int, past: int, device: torch.device) -> Tensor | None:
+    """Returns which keys each query may see, or None where the kernel's own causal mask does.
+
+    Args:
+        attention_mask: [B, past + length], nonzero for real tokens, or None.
+        length: Queries.
+        past: Keys that came before the first query.
+        device: Where to build it.
+    """
+    if attention_mask is None and past == 0:
+        return None
+    if attention_mask is None and length == 1:
+        return torch.ones(1, 1, 1, past + 1, dtype=torch.bool, device=device)
+    queries = torch.arange(past, past + length, device=device).unsqueeze(1)
+    keys = torch.arange(past + length, device=device).unsqueeze(0)
+    allowed = (keys <= queries).view(1, 1, length, past + length)
+    if attention_mask is not None:
+        real = attention_mask.to(torch.bool)[:, None, None, : past + length]
+        # A padding query sees itself: a row without any key would be NaN and spread through the values.
+        allowed = (allowed & real) | (keys == queries).view(1, 1, length, past + length)
+    return allowed

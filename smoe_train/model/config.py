@@ -1,0 +1,109 @@
+"""The recipe's model section, and what follows from it: which layers are MoE, which settings have no effect."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from smoe_train.config import StrictModel
+from smoe_train.model.feed_forward import FeedForwardKind
+from smoe_train.routing import ROUTERS, AnyRouterConfig
+from smoe_train.routing.top_k import TopKConfig
+
+
+class MoeConfig(StrictModel):
+    """The mixture-of-experts layers."""
+
+    layers: Literal["all"] | tuple[int, ...] = "all"
+    """Indices of the layers whose feed-forward is a mixture of experts; an empty list gives a dense model."""
+    num_experts: int = Field(8, ge=1)
+    """Routed experts a layer."""
+    d_ff: int = Field(512, ge=1)
+    """Hidden width of one expert."""
+    top_k: int = Field(2, ge=1)
+    """Experts a token in evaluation and inference, and in training unless curriculum.top_k schedules it."""
+    load_balance_coefficient: float = Field(0.01, ge=0.0)
+    """Weight of the load-balance loss (mean over MoE layers); 0 switches it off, its value is still logged."""
+    z_loss_coefficient: float = Field(0.0, ge=0.0)
+    """Weight of the router z-loss (mean over MoE layers); 0 switches it off, its value is still logged."""
+    router: AnyRouterConfig = TopKConfig()
+    """The routing policy; ``type`` chooses it (see ``smoe-train routers``)."""
+
+
+class ModelConfig(StrictModel):
+    """A decoder-only transformer."""
+
+    d_model: int = Field(256, ge=1)
+    """Width of the residual stream."""
+    num_layers: int = Field(4, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(8, ge=1)
+    """Attention heads; must divide d_model."""
+    d_ff: int | None = Field(None, ge=1)
+    """Hidden width of the feed-forward in layers that are not MoE; 4 * d_model if not given."""
+    feed_forward: FeedForwardKind = "gelu"
+    """Two layers with bias (``relu``, ``gelu``) or gated without (``swiglu``); for dense layers and experts alike."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """Kind of normalisation."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Normalise a sublayer's input (``pre``), or the sum of input and output (``post``, as Transformer-XL does)."""
+    positions: Literal["learned", "rotary"] = "rotary"
+    """Learned absolute positions, or rotary (arXiv 2104.09864)."""
+    rope_theta: float = Field(10000.0, gt=0.0)
+    """Base of the rotary frequencies; only with rotary positions."""
+    max_sequence_length: int | None = Field(None, ge=1)
+    """Longest sequence that the model is made for; training.sequence_length if not given."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on embeddings and on each sublayer's output in training."""
+    tie_embeddings: bool = True
+    """Whether input and output embeddings are one matrix."""
+    init_std: float = Field(0.02, gt=0.0)
+    """Standard deviation of initial weights; sublayers' output projections get init_std / sqrt(2 * num_layers)."""
+    moe: MoeConfig = MoeConfig()
+    """The mixture-of-experts layers."""
+
+    def moe_layers(self) -> tuple[int, ...]:
+        """Returns the indices of the MoE layers in order."""
+        return tuple(range(self.num_layers)) if self.moe.layers == "all" else tuple(sorted(self.moe.layers))
+
+    def problems(self, top_k_values: frozenset[int]) -> list[tuple[str, str]]:
+        """Returns (key, message) for settings that contradict each other or have no effect.
+
+        Args:
+            top_k_values: Every k that training will use.
+        """
+        return [*self._shape_problems(), *self._moe_problems(top_k_values)]
+
+    def _shape_problems(self) -> list[tuple[str, str]]:
+        found = []
+        if self.d_model % self.num_heads:
+            found.append(("num_heads", f"{self.num_heads} does not divide d_model {self.d_model}"))
+        elif self.positions == "rotary" and self.d_model // self.num_heads % 2:
+            width = self.d_model // self.num_heads
+            found.append(("num_heads", f"rotary positions need an even head width, not {width}; or use learned"))
+        if self.positions == "learned" and "rope_theta" in self.model_fields_set:
+            found.append(("rope_theta", "has no effect with learned positions; leave it out"))
+        if self.d_ff is not None and len(self.moe_layers()) == self.num_layers:
+            found.append(("d_ff", "has no effect when every layer is MoE; set moe.d_ff, or choose moe.layers"))
+        return found
+
+    def _moe_problems(self, top_k_values: frozenset[int]) -> list[tuple[str, str]]:
+        moe, found = self.moe, []
+        layers = self.moe_layers()
+        if any(not 0 <= layer < self.num_layers for layer in layers) or len(set(layers)) < len(layers):
+            found.append(("moe.layers", f"expected different indices from 0 to {self.num_layers - 1}, got {layers}"))
+        if not layers:
+            return found
+        too_many = sorted(k for k in top_k_values | {moe.top_k} if k > moe.num_experts)
+        if too_many:
+            key = "moe.top_k" if moe.top_k in too_many else "moe.num_experts"
+            found.append((key, f"k = {too_many[-1]} exceeds num_experts {moe.num_experts}"))
+        found.extend(("moe.router", problem) for problem in moe.router.problems(top_k_values, moe.num_experts))
+        available = ROUTERS.get(moe.router.type).router.loss_names
+        for coefficient in ("load_balance", "z_loss"):
+            key = f"{coefficient}_coefficient"
+            loss = coefficient if coefficient.endswith("_loss") else f"{coefficient}_loss"
+            if key in moe.model_fields_set and getattr(moe, key) > 0.0 and loss not in available:
+                found.append((f"moe.{key}", f"has no effect: {moe.router.type} has no {loss}"))
+        return found

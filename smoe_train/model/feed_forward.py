@@ -1,0 +1,140 @@
+"""Feed-forward networks: one dense, and many experts stacked into 3-D weights that one grouped product serves.
+
+Shape suffixes: R rows sorted by expert, D d_model, F d_ff, E stacked experts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoe_train.model.initialise import Draw, set_values
+
+FeedForwardKind = Literal["relu", "gelu", "swiglu"]
+
+
+def activate(kind: FeedForwardKind, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    """Applies the activation: ``relu(h)``, ``gelu(h)`` or ``silu(gate) * h``."""
+    if kind == "swiglu":
+        assert gate is not None
+        return F.silu(gate) * hidden
+    return F.relu(hidden) if kind == "relu" else F.gelu(hidden)
+
+
+class FeedForward(nn.Module):
+    """Dense network: two layers with bias (``relu``, ``gelu``), or gated without bias (``swiglu``)."""
+
+    def __init__(self, d_model: int, d_ff: int, kind: FeedForwardKind) -> None:
+        super().__init__()
+        self.kind = kind
+        bias = kind != "swiglu"
+        self.w_in = nn.Linear(d_model, d_ff, bias=bias)
+        self.w_gate = nn.Linear(d_model, d_ff, bias=False) if kind == "swiglu" else None
+        self.w_out = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., D] to [..., D]."""
+        gate = self.w_gate(x) if self.w_gate is not None else None
+        y: Tensor = self.w_out(activate(self.kind, self.w_in(x), gate))
+        return y
+
+
+class StackedExperts(nn.Module):
+    """Some of a layer's experts, their weights stacked along the first dimension.
+
+    Args:
+        expert_ids: Global ids of the experts held here, in order; the key of their initial values.
+        d_model: D.
+        d_ff: F, hidden width of one expert.
+        kind: ``relu`` and ``gelu``: ``act(x W_in + b_in) W_out + b_out``; ``swiglu``:
+            ``(silu(x W_gate) * x W_in) W_out`` without biases.
+        init_std: Standard deviation of the initial input weights.
+        output_std: Standard deviation of the initial output weights.
+    """
+
+    def __init__(
+        self, expert_ids: range, d_model: int, d_ff: int, kind: FeedForwardKind, init_std: float, output_std: float
+    ) -> None:
+        super().__init__()
+        self.expert_ids = expert_ids
+        self.kind = kind
+        self._std = {"w_in": init_std, "w_gate": init_std, "w_out": output_std}
+        num = len(expert_ids)
+        self.w_in = nn.Parameter(torch.empty(num, d_model, d_ff))
+        self.w_out = nn.Parameter(torch.empty(num, d_ff, d_model))
+        if kind == "swiglu":
+            self.w_gate = nn.Parameter(torch.empty(num, d_model, d_ff))
+        else:
+            self.b_in = nn.Parameter(torch.empty(num, d_ff))
+            self.b_out = nn.Parameter(torch.empty(num, d_model))
+
+    def initialise(self, draw: Draw) -> None:
+        """Draws each expert from its own key (layer, global id): experts differ, whoever holds them."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("b_"):
+                set_values(parameter, torch.zeros(parameter.shape))
+                continue
+            shape = tuple(parameter.shape[1:])
+            values = [draw.normal(f"{name}/{expert}", shape, self._std[name]) for expert in self.expert_ids]
+            set_values(parameter, torch.stack(values))
+
+    def forward(self, x_RD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+        """Runs each expert on its rows.
+
+        Args:
+            x_RD: Rows sorted by expert; rows behind the last expert's give undefined outputs.
+            rows_per_expert_E: int64 rows of each expert.
+        """
+        ends_E = torch.cumsum(rows_per_expert_E, 0)
+        if self.kind == "swiglu":
+            gate_RF = grouped_product(x_RD, self.w_gate, ends_E)
+            hidden_RF = activate(self.kind, grouped_product(x_RD, self.w_in, ends_E), gate_RF)
+            return grouped_product(hidden_RF, self.w_out, ends_E)
+        expert_of_row_R = torch.searchsorted(ends_E, torch.arange(x_RD.shape[0], device=x_RD.device), right=True)
+        expert_of_row_R = expert_of_row_R.clamp(max=len(self.expert_ids) - 1)
+        hidden_RF = grouped_product(x_RD, self.w_in, ends_E) + self.b_in.index_select(0, expert_of_row_R)
+        hidden_RF = activate(self.kind, hidden_RF, None)
+        return grouped_product(hidden_RF, self.w_out, ends_E) + self.b_out.index_select(0, expert_of_row_R)
+
+
+def grouped_product(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiplies each expert's rows by its matrix: [R, I] x [E, I, O] -> [R, O].
+
+    Uses ``torch.nn.functional.grouped_mm`` where it applies (fp32, bf16, fp16 and rows of whole 16-byte units);
+    otherwise a loop over unbound matrices, the only form that supports fp64.
+
+    Args:
+        x_RI: Rows sorted by expert.
+        weight_EIO: Stacked matrices.
+        ends_E: int64, end row of each expert; rows behind the last are undefined in the result.
+    """
+    aligned = all(size * x_RI.element_size() % 16 == 0 for size in weight_EIO.shape[1:])
+    if x_RI.dtype == torch.float64 or not aligned:
+        return _looped_product(x_RI, weight_EIO, ends_E)
+    product: Tensor = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_EIO, offs=ends_E.to(torch.int32)))
+    return product
+
+
+def _looped_product(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    ends = ends_E.tolist()
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    groups = x_RI[: ends[-1]].split(sizes)
+    # Unbinding once gives one stacked gradient; indexing would allocate a full-size gradient for every expert.
+    products = [rows @ weight for rows, weight in zip(groups, weight_EIO.unbind(0), strict=True)]
+    tail = x_RI.new_zeros(x_RI.shape[0] - ends[-1], weight_EIO.shape[2])
+    return torch.cat([*products, tail])
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous: grouped_mm's backward refuses expanded gradients, as ``sum`` sends."""
+
+    @staticmethod
+    def forward(ctx: object, y: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()

@@ -1,0 +1,38 @@
+"""The mixture-of-experts layer: assign -> experts -> merge, with router and bank as siblings."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smoe_train.routing import Context, Merged, Router
+
+
+class MoeLayer(nn.Module):
+    """Routes tokens to experts and combines their outputs.
+
+    The router is a sibling of the bank, never its child: DeepSpeed treats what lies below its MoE module as experts.
+
+    Args:
+        router: The layer's routing policy.
+        bank: Runs the experts, here or on other ranks.
+    """
+
+    def __init__(self, router: Router, bank: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.bank = bank
+        self.recompute = False
+
+    def forward(self, x_TD: Tensor, token_ids_T: Tensor, context: Context) -> Merged:
+        """Returns the combined outputs, losses and stats of one pass.
+
+        With ``recompute`` the experts' activations are computed again in the backward pass. The routing is not: it
+        happens once, outside, and the recomputation replays it.
+        """
+        assignment = self.router.assign(x_TD, token_ids_T, context)
+        if self.recompute and self.training:
+            y_TKD = checkpoint(self.bank, x_TD, assignment.expert_ids_TK, use_reentrant=False)
+        else:
+            y_TKD = self.bank(x_TD, assignment.expert_ids_TK)
+        return self.router.merge(assignment, y_TKD, context)

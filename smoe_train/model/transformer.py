@@ -1,0 +1,314 @@
+"""SmoeModel and SmoeForCausalLM: the decoder as transformers models (save, load, AutoModel, generate).
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from smoe_train.model.attention import causal_mask, rotary_angles
+from smoe_train.model.block import Block, make_norm
+from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
+from smoe_train.model.feed_forward import StackedExperts
+from smoe_train.model.initialise import KeyedDraw, initial_names, initialise_module
+from smoe_train.model.moe import MoeLayer
+from smoe_train.model.smoe_config import SmoeConfig
+from smoe_train.routing import ROUTERS, Context, Router, RouterShape
+from smoe_train.routing.contract import same_on_one_rank
+from smoe_train.schedules import Knobs
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class RankReduction:
+    """How routers see the other data-parallel ranks; the default is one rank alone.
+
+    Attributes:
+        sum_over_ranks: Adds a detached tensor up over the ranks.
+        num_ranks: Number of ranks.
+    """
+
+    sum_over_ranks: Callable[[Tensor], Tensor] = same_on_one_rank
+    num_ranks: int = 1
+
+
+@dataclass
+class SmoeOutput(ModelOutput):  # type: ignore[misc]
+    """What the models return.
+
+    Attributes:
+        loss: Task loss plus weighted router losses, if labels were given.
+        logits: [B, S, V], or the last hidden states' projection only for the positions asked for.
+        last_hidden_state: [B, S, D].
+        past_key_values: The cache, if one is used.
+        router_losses: Auxiliary losses by name, means over the MoE layers, without coefficients.
+        routing_stats: Summable statistics of each MoE layer by layer index.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    router_losses: dict[str, Tensor] | None = None
+    routing_stats: dict[int, Mapping[str, Tensor]] | None = None
+
+
+class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What all heads share: configuration, initial values keyed by name, and how ranks are seen."""
+
+    config_class = SmoeConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers reads it from the class
+    _supports_sdpa = True
+    supports_gradient_checkpointing = False
+    _initial_names: dict[int, str] | None = None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if self._initial_names is None:
+            self._initial_names = initial_names(self)
+        name = self._initial_names.get(id(module))
+        if name is not None:  # otherwise a module around it has set its values
+            name = name.removeprefix("model.")
+            initialise_module(module, KeyedDraw(self.config.seed, name), self._linear_std(name))
+
+    def _linear_std(self, name: str) -> float:
+        is_output = name.endswith((".attention.out", ".feed_forward.w_out"))
+        return output_std(self.config) if is_output else float(self.config.init_std)
+
+    def recompute_activations(self, enabled: bool = True) -> None:
+        """Chooses whether attention and experts are computed again in the backward pass instead of stored."""
+        for module in self.modules():
+            if isinstance(module, (Block, MoeLayer)):
+                module.recompute = enabled
+
+    def routers(self) -> dict[int, Router]:
+        """Returns the router of each MoE layer by layer index."""
+        layers = self.get_submodule("model").layers if hasattr(self, "model") else self.layers
+        return {index: block.moe.router for index, block in enumerate(layers) if block.moe is not None}
+
+
+def output_std(config: SmoeConfig) -> float:
+    """Returns the initial deviation of sublayers' output projections: the residual stream starts at unit growth."""
+    return float(config.init_std / math.sqrt(2 * config.num_layers))
+
+
+class SmoeModel(SmoePreTrainedModel):
+    """The decoder without a head.
+
+    Args:
+        config: The architecture.
+        make_bank: Builds the expert bank of each MoE layer; experts in this process if not given.
+    """
+
+    def __init__(self, config: SmoeConfig, make_bank: BankFactory = LocalExpertBank) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_positions = (
+            nn.Embedding(config.max_sequence_length, config.d_model) if config.positions == "learned" else None
+        )
+        options = config.router_options()
+        shape = RouterShape(config.d_model, config.num_experts)
+        policy = ROUTERS.get(options.type).router
+        routers = dict(
+            zip(config.moe_layers, policy.build(options, shape, len(config.moe_layers)), strict=True)
+            if config.moe_layers
+            else ()
+        )
+        self.layers = nn.ModuleList(
+            Block(config, layer, self._make_moe(routers[layer], make_bank) if layer in routers else None)
+            for layer in range(config.num_layers)
+        )
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.ranks = RankReduction()
+        self.post_init()
+
+    def _make_moe(self, router: Router, make_bank: BankFactory) -> MoeLayer:
+        config = self.config
+
+        def make_experts(ids: range) -> StackedExperts:
+            kind = config.feed_forward
+            std = output_std(config)
+            return StackedExperts(ids, config.d_model, config.d_ff_expert, kind, config.init_std, std)
+
+        return MoeLayer(router, make_bank(config.num_experts, make_experts))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the token embedding."""
+        return self.embed_tokens
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        knobs: Knobs | None = None,
+        sample_index: Tensor | None = None,
+        **_: Any,
+    ) -> SmoeOutput:
+        """Returns hidden states, router losses and routing stats.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, past + S], nonzero for real tokens; padding is routed nowhere.
+            position_ids: int64 [B, S]; counted from the mask if not given.
+            past_key_values: A transformers cache of earlier tokens.
+            use_cache: Whether to build a cache if none is given.
+            knobs: What the step is run with; step 0 and the configured k if not given.
+            sample_index: int64 [B], index of each sample within the global batch, the key of routing noise.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = _positions(input_ids, attention_mask, past)
+        allowed = causal_mask(attention_mask, length, past, input_ids.device)
+        x_BSD = self.embed_tokens(input_ids)
+        if self.embed_positions is not None:
+            x_BSD = x_BSD + self.embed_positions(position_ids)
+        x_BSD = F.dropout(x_BSD, self.config.dropout, self.training)
+        rotation = None
+        if self.config.positions == "rotary":
+            width = self.config.d_model // self.config.num_heads
+            rotation = rotary_angles(position_ids, width, self.config.rope_theta, x_BSD.dtype)
+        mask_BS = attention_mask[:, past:] if attention_mask is not None else None
+        contexts = self._contexts(input_ids, mask_BS, knobs or Knobs(0, self.config.top_k), sample_index)
+        losses: dict[str, list[Tensor]] = {}
+        stats: dict[int, Mapping[str, Tensor]] = {}
+        for layer, block in enumerate(self.layers):
+            x_BSD, merged = block(x_BSD, input_ids, rotation, allowed, contexts(layer), past_key_values)
+            if merged is not None:
+                stats[layer] = merged.stats
+                for name, value in merged.losses.items():
+                    losses.setdefault(name, []).append(value)
+        return SmoeOutput(
+            last_hidden_state=self.norm(x_BSD),
+            past_key_values=past_key_values,
+            router_losses={name: torch.stack(values).mean() for name, values in losses.items()},
+            routing_stats=stats,
+        )
+
+    def _contexts(
+        self, input_ids: Tensor, mask_BS: Tensor | None, knobs: Knobs, sample_index: Tensor | None
+    ) -> Callable[[int], Context]:
+        """Returns the routing context of each layer; what does not depend on the layer is computed once."""
+        batch, length = input_ids.shape
+        if sample_index is None:
+            sample_index = torch.arange(batch, device=input_ids.device)
+        position = torch.arange(length, device=input_ids.device)
+        token_index_T = (sample_index.unsqueeze(1) * length + position).reshape(-1)
+        token_mask_T = mask_BS.reshape(-1).to(torch.bool) if mask_BS is not None else None
+        tokens_per_rank = None
+        if token_mask_T is not None:
+            total = self.ranks.sum_over_ranks(token_mask_T.sum().to(torch.float32))
+            tokens_per_rank = total / self.ranks.num_ranks
+
+        def context(layer: int) -> Context:
+            return Context(
+                step=knobs.step,
+                layer=layer,
+                top_k=knobs.top_k,
+                training=self.training,
+                seed=self.config.seed,
+                token_mask_T=token_mask_T,
+                token_index_T=token_index_T,
+                tokens_per_rank=tokens_per_rank,
+                sum_over_ranks=self.ranks.sum_over_ranks,
+                num_ranks=self.ranks.num_ranks,
+            )
+
+        return context
+
+
+def _positions(input_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+    length = input_ids.shape[1]
+    if attention_mask is None:
+        return torch.arange(past, past + length, device=input_ids.device).unsqueeze(0)
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past : past + length]
+
+
+class SmoeForCausalLM(SmoePreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The decoder with a language-model head.
+
+    Args:
+        config: The architecture.
+        make_bank: Builds the expert bank of each MoE layer; experts in this process if not given.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read from the class
+
+    def __init__(self, config: SmoeConfig, make_bank: BankFactory = LocalExpertBank) -> None:
+        super().__init__(config)
+        self.model = SmoeModel(config, make_bank)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the token embedding."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the language-model head."""
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **arguments: Any,
+    ) -> SmoeOutput:
+        """Returns logits and, with labels, the loss.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, past + S], nonzero for real tokens.
+            labels: int64 [B, S] as transformers has them: labels[b, s] is compared with the prediction made at
+                s - 1; -100 is ignored. The loss then includes the weighted router losses.
+            logits_to_keep: Only the last positions' logits, or all if 0.
+            arguments: See `SmoeModel.forward`.
+        """
+        output: SmoeOutput = self.model(input_ids, attention_mask, **arguments)
+        hidden_BSD = output.last_hidden_state
+        output.logits = self.lm_head(hidden_BSD[:, -logits_to_keep:] if logits_to_keep else hidden_BSD)
+        if labels is not None:
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+            task_loss = language_model_loss(output.logits, shifted)
+            output.loss = task_loss + weighted_router_loss(output.router_losses or {}, self.config)
+        return output
+
+
+def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Returns the mean cross-entropy in nats (0-dim fp32) over labels that are not -100.
+
+    Args:
+        logits_BSV: Any floating dtype; the loss is computed in fp32.
+        labels_BS: int64, the token that follows each position.
+    """
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORED_LABEL)
+
+
+def weighted_router_loss(losses: Mapping[str, Tensor], config: SmoeConfig) -> Tensor | float:
+    """Returns the sum of the router losses times their coefficients: the one place where a coefficient is applied."""
+    coefficients = config.loss_coefficients()
+    weighted = [coefficients[name] * value for name, value in losses.items() if coefficients[name] > 0.0]
+    return torch.stack(weighted).sum() if weighted else 0.0
+
+
+AutoConfig.register("smoe", SmoeConfig)
+AutoModel.register(SmoeConfig, SmoeModel)
+AutoModelForCausalLM.register(SmoeConfig, SmoeForCausalLM)
