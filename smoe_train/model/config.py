@@ -82,7 +82,7 @@ class ModelConfig(StrictModel):
         elif self.positions == "rotary" and self.d_model // self.num_heads % 2:
             width = self.d_model // self.num_heads
             found.append(("num_heads", f"rotary positions need an even head width, not {width}; or use learned"))
-        if self.positions == "learned" and "rope_theta" in self.model_fields_set:
+        if self.positions == "learned" and self.rope_theta != ModelConfig.model_fields["rope_theta"].default:
             found.append(("rope_theta", "has no effect with learned positions; leave it out"))
         if self.d_ff is not None and len(self.moe_layers()) == self.num_layers:
             found.append(("d_ff", "has no effect when every layer is MoE; set moe.d_ff, or choose moe.layers"))
@@ -101,9 +101,8 @@ class ModelConfig(StrictModel):
             found.append((key, f"k = {too_many[-1]} exceeds num_experts {moe.num_experts}"))
         found.extend(("moe.router", problem) for problem in moe.router.problems(top_k_values, moe.num_experts))
         available = ROUTERS.get(moe.router.type).router.loss_names
-        for coefficient in ("load_balance", "z_loss"):
-            key = f"{coefficient}_coefficient"
-            loss = coefficient if coefficient.endswith("_loss") else f"{coefficient}_loss"
-            if key in moe.model_fields_set and getattr(moe, key) > 0.0 and loss not in available:
-                found.append((f"moe.{key}", f"has no effect: {moe.router.type} has no {loss}"))
+        for loss, coefficient in (("load_balance_loss", "load_balance_coefficient"), ("z_loss", "z_loss_coefficient")):
+            value, default = getattr(moe, coefficient), MoeConfig.model_fields[coefficient].default
+            if loss not in available and value not in (0.0, default):
+                found.append((f"moe.{coefficient}", f"has no effect: {moe.router.type} has no {loss}"))
         return found

@@ -114,8 +114,9 @@ def grouped_product(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     aligned = all(size * x_RI.element_size() % 16 == 0 for size in weight_EIO.shape[1:])
     if x_RI.dtype == torch.float64 or not aligned:
         return _looped_product(x_RI, weight_EIO, ends_E)
-    product: Tensor = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_EIO, offs=ends_E.to(torch.int32)))
-    return product
+    product = F.grouped_mm(x_RI, weight_EIO, offs=ends_E.to(torch.int32))
+    contiguous: Tensor = _ContiguousGradient.apply(product)  # type: ignore[no-untyped-call]
+    return contiguous
 
 
 def _looped_product(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
         "max_position_embeddings": "max_sequence_length",
-        "num_experts_per_tok": "top_k",
     }
 
     vocab_size: int = 256
@@ -44,7 +43,7 @@ class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
     moe_layers: list[int] | tuple[int, ...] = ()
     num_experts: int = 8
     d_ff_expert: int = 512
-    top_k: int = 2
+    num_experts_per_tok: int = 2
     load_balance_coefficient: float | int = 0.01
     z_loss_coefficient: float | int = 0.0
     router: dict[str, Any] | None = None
@@ -79,7 +78,7 @@ class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
             moe_layers=list(model.moe_layers()),
             num_experts=model.moe.num_experts,
             d_ff_expert=model.moe.d_ff,
-            top_k=model.moe.top_k,
+            num_experts_per_tok=model.moe.top_k,
             load_balance_coefficient=model.moe.load_balance_coefficient,
             z_loss_coefficient=model.moe.z_loss_coefficient,
             router=model.moe.router.model_dump(mode="json"),

@@ -185,7 +185,7 @@ class SmoeModel(SmoePreTrainedModel):
             width = self.config.d_model // self.config.num_heads
             rotation = rotary_angles(position_ids, width, self.config.rope_theta, x_BSD.dtype)
         mask_BS = attention_mask[:, past:] if attention_mask is not None else None
-        contexts = self._contexts(input_ids, mask_BS, knobs or Knobs(0, self.config.top_k), sample_index)
+        contexts = self._contexts(input_ids, mask_BS, knobs or Knobs(0, self.config.num_experts_per_tok), sample_index)
         losses: dict[str, list[Tensor]] = {}
         stats: dict[int, Mapping[str, Tensor]] = {}
         for layer, block in enumerate(self.layers):
@@ -284,6 +284,7 @@ class SmoeForCausalLM(SmoePreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         output: SmoeOutput = self.model(input_ids, attention_mask, **arguments)
         hidden_BSD = output.last_hidden_state
+        assert hidden_BSD is not None
         output.logits = self.lm_head(hidden_BSD[:, -logits_to_keep:] if logits_to_keep else hidden_BSD)
         if labels is not None:
             shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)

@@ -118,13 +118,13 @@ class _Unpermute(torch.autograd.Function):
 
 def to_expert_order(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Copies each token into the rows of its experts: [R, D], zero in rows of padding."""
-    result: Tensor = _Permute.apply(x_TD, plan.row_of_slot_TK, plan.num_rows)
+    result: Tensor = _Permute.apply(x_TD, plan.row_of_slot_TK, plan.num_rows)  # type: ignore[no-untyped-call]
     return result
 
 
 def to_slot_order(y_RD: Tensor, plan: DispatchPlan) -> Tensor:
     """Brings expert outputs back to their tokens: [T, K, D], zero in empty slots."""
-    y_TKD: Tensor = _Unpermute.apply(y_RD, plan.row_of_slot_TK)
+    y_TKD: Tensor = _Unpermute.apply(y_RD, plan.row_of_slot_TK)  # type: ignore[no-untyped-call]
     # Rows behind the last expert are undefined, so they are replaced, never multiplied by 0. Looking first costs a
     # host synchronisation on an accelerator, the replacement a pass over the outputs.
     if y_RD.device.type != "cpu" or not bool(plan.valid_TK.all()):

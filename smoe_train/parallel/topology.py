@@ -114,6 +114,6 @@ def parallel_problems(config: ParallelConfig, world_size: int) -> list[tuple[str
             problems.append(("engine", f"local runs in one process, not {world_size}; use deepspeed"))
         if config.precision != "fp32":
             problems.append(("engine", "local computes in fp32 only; use deepspeed for bf16"))
-        if "zero_stage" in config.model_fields_set and config.zero_stage != 0:
+        if config.zero_stage != ParallelConfig.model_fields["zero_stage"].default:
             problems.append(("zero_stage", "has no effect with engine: local; leave it out"))
     return problems

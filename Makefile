@@ -1,0 +1,79 @@
+# The environment is .venv; it is made on first use and again only when pyproject.toml or constraints.txt change.
+#
+#   PYTHON          interpreter that makes the environment (3.10 or newer)
+#   PIP_TORCH_ARGS  further pip arguments for torch, e.g. --index-url of another build
+#   PYTEST_ARGS     further pytest arguments, e.g. "-n 2" or "-k routing"
+#   DEMO_ARGS, BENCH_ARGS
+
+PYTHON ?= python3
+PIP_TORCH_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CODE := smoe_train tests scripts
+
+# One thread per process: the tests start several processes, and spinning threads slow each other down.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint types format bench docs docker clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/package.stamp ## train a small model with 2 expert-parallel processes (a few minutes on a CPU)
+	$(BIN)/smoe-train demo $(DEMO_ARGS)
+
+test: lint types ## lint, types and all tests that are not slow
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: .venv/dev.stamp ## the slow tests
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: .venv/dev.stamp ## ruff: rules and format
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: .venv/dev.stamp ## mypy, strict
+	$(BIN)/mypy
+
+format: .venv/dev.stamp ## rewrite the code to the format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: .venv/package.stamp ## time the mixture-of-experts layer against a dense one
+	$(BIN)/python scripts/bench_moe.py $(BENCH_ARGS)
+
+docs: .venv/docs.stamp ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+docker: ## build the CPU and the CUDA image
+	docker build -f docker/Dockerfile.cpu -t smoe-train:cpu .
+	docker build -f docker/Dockerfile.cuda -t smoe-train:cuda .
+
+clean: ## remove caches and built files; the environment and runs/ stay
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site
+	find . \( -path ./.venv -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# torch goes first and alone, so that every later install keeps the tested build.
+.venv/torch.stamp: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; give PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt $(PIP_TORCH_ARGS) torch
+	touch $@
+
+.venv/package.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+.venv/dev.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch .venv/package.stamp $@
+
+.venv/docs.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) install -c constraints.txt -e ".[docs]"
+	touch .venv/package.stamp $@

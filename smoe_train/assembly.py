@@ -1,0 +1,195 @@
+"""From a recipe to a run: the one file that sees every room."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from smoe_train.checkpoint import Checkpoint, CheckpointStore, load_weights, seed_everything
+from smoe_train.data import TokenStore, prepare
+from smoe_train.data.loader import EvaluationBatches, TrainBatches
+from smoe_train.errors import CheckpointError
+from smoe_train.model import LocalExpertBank, RankReduction, SmoeConfig, SmoeForCausalLM
+from smoe_train.model.expert_bank import BankFactory
+from smoe_train.parallel.topology import Topology
+from smoe_train.recipe import Recipe
+from smoe_train.reporting import Journal
+from smoe_train.training.engine import Engine, LocalEngine
+from smoe_train.training.objectives import language_modelling
+from smoe_train.training.optimizer import make_optimizer, parameter_groups
+from smoe_train.training.stop import StopRequest
+from smoe_train.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from smoe_train.parallel.process import Process
+
+CHECKPOINTS = "checkpoints"
+
+
+def start_process(recipe: Recipe) -> Process:
+    """Returns this process, joined to its peers if the recipe's engine works with peers."""
+    from smoe_train.parallel.process import Process
+
+    return Process.alone() if recipe.parallel.engine == "local" else Process.start()
+
+
+def build_model(recipe: Recipe, vocab_size: int, make_bank: BankFactory = LocalExpertBank) -> SmoeForCausalLM:
+    """Returns the recipe's model with its initial values, which depend on the seed alone."""
+    config = SmoeConfig.create(recipe.model, vocab_size, recipe.training.sequence_length, recipe.seed)
+    return SmoeForCausalLM(config, make_bank)
+
+
+def expert_banks(recipe: Recipe, process: Process) -> BankFactory:
+    """Returns what builds expert banks for this process: DeepSpeed's kind, or experts here alone."""
+    if recipe.parallel.engine == "local" or not recipe.model.moe_layers():
+        return LocalExpertBank
+    from smoe_train.parallel.deepspeed_bank import DeepSpeedExpertBank
+
+    size = recipe.parallel.expert_parallel_size
+    topology = Topology.create(process.world_size, size, recipe.model.moe.num_experts)
+    return lambda num_experts, make_experts: DeepSpeedExpertBank(topology, process.rank, make_experts)
+
+
+def build_engine(recipe: Recipe, model: SmoeForCausalLM, process: Process) -> Engine:
+    """Returns the recipe's engine around a model."""
+    training = recipe.training
+    accumulation_steps = training.global_batch_size // (training.micro_batch_size * process.world_size)
+    groups = parameter_groups(model, recipe.optimizer)
+    optimizer = partial(make_optimizer, config=recipe.optimizer)
+    if recipe.parallel.engine == "local":
+        model.to(process.device)
+        return LocalEngine(model, groups, optimizer, accumulation_steps, training.gradient_clipping)
+    from smoe_train.parallel.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        groups,
+        optimizer,
+        recipe.parallel,
+        process,
+        training.micro_batch_size,
+        accumulation_steps,
+        training.gradient_clipping,
+    )
+
+
+def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: StopRequest | None = None) -> Trainer:
+    """Returns a trainer at step 0; its journal is added by `open_journal` once it is known where to start."""
+    tokens = prepare(recipe.data, recipe.tokenizer)
+    training, evaluation = recipe.training, recipe.evaluation
+    place = {"rank": process.rank, "world_size": process.world_size}
+    batches = TrainBatches(
+        tokens.tokens("train"),
+        training.sequence_length,
+        training.global_batch_size,
+        training.micro_batch_size,
+        recipe.seed,
+        num_workers=recipe.loader.num_workers,
+        **place,
+    )
+    validation = EvaluationBatches(
+        tokens.tokens("valid"),
+        training.sequence_length,
+        training.micro_batch_size,
+        max_tokens=evaluation.max_tokens,
+        **place,
+    )
+    seed_everything(recipe.seed, process.rank)
+    model = build_model(recipe, tokens.vocab_size, expert_banks(recipe, process))
+    model.model.ranks = RankReduction(process.sum, process.world_size)
+    model.recompute_activations(training.activation_checkpointing)
+    engine = build_engine(recipe, model, process)
+    config = model.config
+    return Trainer(
+        config=training,
+        evaluation=evaluation,
+        learning_rate=recipe.learning_rate,
+        curriculum=recipe.schedule(),
+        checkpoint_every=recipe.checkpoint.every_steps,
+        log_every=recipe.reporting.log_every_steps,
+        seed=recipe.seed,
+        expert_parallel_size=recipe.parallel.expert_parallel_size,
+        engine=engine,
+        model=model,
+        process=process,
+        batches=batches,
+        validation=validation,
+        bytes_per_token={split: bytes_per_token(tokens, split) for split in ("train", "valid")},
+        objective=lambda engine, batch, knobs: language_modelling(engine, batch, knobs, config),
+        store=CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last),
+        journal=None,
+        identity=identity(recipe, tokens),
+        stop=stop or StopRequest(),
+    )
+
+
+def open_journal(recipe: Recipe, run_folder: Path, resume_from_step: int | None) -> Journal:
+    """Returns the run's journal, continued after a step or begun anew."""
+    return Journal(
+        run_folder,
+        recipe.reporting,
+        total_steps=recipe.training.max_steps,
+        run_name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+        resume_from_step=resume_from_step,
+    )
+
+
+def build_for_evaluation(recipe: Recipe, process: Process, checkpoint: Checkpoint) -> SmoeForCausalLM:
+    """Returns the model of a checkpoint in the recipe's precision, on this process's device, in evaluation mode.
+
+    With more than one process the experts are spread as the recipe says; one process holds them all.
+    """
+    tokens = prepare(recipe.data, recipe.tokenizer)
+    make_bank = expert_banks(recipe, process) if process.world_size > 1 else LocalExpertBank
+    model = build_model(recipe, tokens.vocab_size, make_bank)
+    load_weights(model, checkpoint)
+    for module in model.modules():
+        if hasattr(module, "set_deepspeed_parallelism"):
+            module.set_deepspeed_parallelism()
+    model.model.ranks = RankReduction(process.sum, process.world_size)
+    dtype = torch.bfloat16 if recipe.parallel.precision == "bf16" else torch.float32
+    return model.to(device=process.device, dtype=dtype).eval()
+
+
+def bytes_per_token(tokens: TokenStore, split: str) -> float:
+    """Returns how many bytes of text a token of a split stands for on average."""
+    return tokens.num_bytes(split) / len(tokens.tokens(split))
+
+
+def identity(recipe: Recipe, tokens: TokenStore) -> dict[str, str]:
+    """Returns digests of everything that a checkpoint must agree on to be resumed."""
+    return {**recipe.identity(), "data": tokens.checksums()["train"]}
+
+
+def check_identity(expected: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Compares a checkpoint with the run that wants to resume from it.
+
+    Raises:
+        CheckpointError: They differ; the message names the sections.
+    """
+    saved = checkpoint.state.get("identity", {})
+    different = sorted(key for key in expected.keys() | saved.keys() if expected.get(key) != saved.get(key))
+    if different:
+        raise CheckpointError(
+            f"{checkpoint.path}: was written by a run with another {', '.join(different)}; "
+            "use the recipe of that run, or start a new one with another name"
+        )
+
+
+__all__ = [
+    "CHECKPOINTS",
+    "build_engine",
+    "build_for_evaluation",
+    "build_model",
+    "build_trainer",
+    "bytes_per_token",
+    "check_identity",
+    "expert_banks",
+    "identity",
+    "open_journal",
+    "start_process",
+]

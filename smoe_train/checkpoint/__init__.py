@@ -1,0 +1,17 @@
+"""Checkpoints: one topology-independent format, atomic and checksummed; DeepSpeed's own files are not written."""
+
+from smoe_train.checkpoint.config import CheckpointConfig
+from smoe_train.checkpoint.model_state import StateAccess, collect, load_weights, restore
+from smoe_train.checkpoint.rank_state import seed_everything
+from smoe_train.checkpoint.store import Checkpoint, CheckpointStore
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointConfig",
+    "CheckpointStore",
+    "StateAccess",
+    "collect",
+    "load_weights",
+    "restore",
+    "seed_everything",
+]

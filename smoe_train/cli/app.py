@@ -1,0 +1,198 @@
+"""The command line: what can be asked; each command's work is in a file of its own, loaded when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from smoe_train import __version__
+from smoe_train.errors import SmoeError
+
+app = typer.Typer(
+    name="smoe-train",
+    help="Pretrain and fine-tune sparse mixture-of-experts transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's short name.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key.path=value]...", help="Override settings.")]
+NumProcesses = Annotated[Optional[int], typer.Option("--nproc", help="Worker processes; all hosts together.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder of run folders.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")]
+Which = Annotated[str, typer.Option("--checkpoint", help="latest or best, for a run folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Handle --version."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    nproc: NumProcesses = None,
+    launcher: Annotated[str, typer.Option(help="auto, torchrun, deepspeed or in_process.")] = "auto",
+    hostfile: Annotated[Optional[Path], typer.Option(help="Machines, `NAME slots=N` a line.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
+    output_dir: OutputDir = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe only.")] = False,
+) -> None:
+    """Train a recipe: start its worker processes, or resume where the run stopped."""
+    from smoe_train.cli import train as command
+
+    options = command.TrainOptions(recipe, tuple(overrides or ()), nproc, launcher, hostfile, resume, output_dir)
+    if print_config:
+        command.print_config(options)
+    elif dry_run:
+        command.print_plan(options)
+    else:
+        raise typer.Exit(command.train(options))
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    top_k: Annotated[str, typer.Option("--top-k", help="Experts a token, e.g. 1,2,4; the recipe's if empty.")] = "",
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "valid",
+    which: Which = "latest",
+    max_tokens: Annotated[Optional[int], typer.Option(help="Evaluate only the first so many tokens.")] = None,
+    nproc: NumProcesses = None,
+    json: AsJson = False,
+) -> None:
+    """Measure bits per byte and perplexity of a checkpoint, at any number of experts a token."""
+    from smoe_train.cli import evaluate as command
+
+    options = command.EvaluateOptions(run, top_k, split, which, max_tokens, json)
+    raise typer.Exit(command.evaluate(options, nproc))
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 chooses the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")] = 0.95,
+    top_k: Annotated[Optional[int], typer.Option(help="Experts a token; the recipe's if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    which: Which = "latest",
+    json: AsJson = False,
+) -> None:
+    """Continue a text with a checkpoint."""
+    from smoe_train.cli import generate as command
+
+    command.generate(run, prompt, max_new_tokens, temperature, top_p, top_k, seed, which, json)
+
+
+@app.command()
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    nproc: NumProcesses = None,
+    json: AsJson = False,
+) -> None:
+    """Check a recipe and show its layout and cost; no accelerator is touched."""
+    from smoe_train.cli import validate as command
+
+    command.validate(recipe, tuple(overrides or ()), nproc or 1, json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the HTML report of a run, also while it trains."""
+    from smoe_train.reporting import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def routers(json: AsJson = False) -> None:
+    """List the routing policies with their options."""
+    from smoe_train.cli import recipes as command
+
+    command.list_routers(json)
+
+
+@app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Remove stale locks of extension builds.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Check versions, accelerator, compilers and what is known to hang runs."""
+    from smoe_train.cli import doctor as command
+
+    raise typer.Exit(command.doctor(fix, json))
+
+
+@app.command()
+def demo(
+    output_dir: OutputDir = Path("runs"),
+    overrides: Overrides = None,
+) -> None:
+    """Train a small HyperRouter mixture of experts with two expert-parallel processes and show the result."""
+    from smoe_train.cli import demo as command
+
+    raise typer.Exit(command.demo(output_dir, tuple(overrides or ())))
+
+
+@recipes_app.command("list")
+def recipes_list(json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from smoe_train.cli import recipes as command
+
+    command.list_recipes(json)
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: RecipeArgument) -> None:
+    """Print a recipe as it is written."""
+    from smoe_train.cli import recipes as command
+
+    command.show_recipe(recipe)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    recipe: RecipeArgument, target: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml")
+) -> None:
+    """Copy a recipe, to change it."""
+    from smoe_train.cli import recipes as command
+
+    command.copy_recipe(recipe, target)
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON Schema of recipes."""
+    from smoe_train.cli import recipes as command
+
+    command.print_schema()
+
+
+def main() -> None:
+    """Run the command line; what a user can cause ends with one message and its exit code."""
+    try:
+        app()
+    except SmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

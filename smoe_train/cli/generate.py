@@ -1,0 +1,71 @@
+"""``generate``: continue a text with a checkpoint, through transformers' generation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from smoe_train.cli.run_folder import open_run
+from smoe_train.errors import LaunchError
+
+
+def generate(
+    run: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    seed: int,
+    which: str,
+    as_json: bool,
+) -> None:
+    """Prints the prompt and its continuation.
+
+    Args:
+        run: Run folder or checkpoint.
+        prompt: Text to continue; not empty.
+        max_new_tokens: Tokens to add.
+        temperature: 0 chooses the likeliest token.
+        top_p: Share of probability to sample from.
+        top_k: Experts a token, or None for the recipe's.
+        seed: Seed of the sampling.
+        which: ``latest`` or ``best``.
+        as_json: Whether to print JSON.
+
+    Raises:
+        LaunchError: The prompt is empty, or top_k or the length is impossible.
+    """
+    import torch
+
+    from smoe_train.assembly import build_for_evaluation
+    from smoe_train.data import build_tokenizer
+    from smoe_train.parallel.process import Process
+    from smoe_train.schedules import Knobs
+
+    _, recipe, checkpoint = open_run(run, which)
+    tokenizer = build_tokenizer(recipe.tokenizer)
+    ids = tokenizer.encode_text(prompt)
+    longest = recipe.model.max_sequence_length or recipe.training.sequence_length
+    experts = top_k if top_k is not None else recipe.model.moe.top_k
+    if not ids:
+        raise LaunchError("--prompt: is empty; give at least one character")
+    if not 1 <= experts <= recipe.model.moe.num_experts:
+        raise LaunchError(f"--top-k {experts}: expected 1 to {recipe.model.moe.num_experts}")
+    if recipe.model.positions == "learned" and len(ids) + max_new_tokens > longest:
+        raise LaunchError(
+            f"--max-new-tokens {max_new_tokens}: prompt and continuation exceed the {longest} learned positions"
+        )
+    process = Process.alone()
+    model = build_for_evaluation(recipe, process, checkpoint)
+    sampling = {"do_sample": False} if temperature == 0.0 else {"do_sample": True, "temperature": temperature}
+    torch.manual_seed(seed)
+    output = model.generate(
+        torch.tensor([ids], device=process.device),
+        max_new_tokens=max_new_tokens,
+        knobs=Knobs(checkpoint.step, experts),
+        pad_token_id=0,
+        **({**sampling, "top_p": top_p, "top_k": 0} if temperature else sampling),
+    )
+    text = tokenizer.decode(output[0].tolist())
+    print(json.dumps({"checkpoint": str(checkpoint.path), "text": text}) if as_json else text)

@@ -1,0 +1,90 @@
+"""``recipes`` and ``routers``: what is shipped, and what its options are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from smoe_train.errors import LaunchError
+from smoe_train.recipe import find_recipe, json_schema, load_recipe, recipe_folder, shipped_recipes
+
+
+def list_recipes(as_json: bool) -> None:
+    """Prints each shipped recipe with its description."""
+    rows = [(name, _description(path)) for name, path in shipped_recipes().items()]
+    if as_json:
+        print(json.dumps([{"name": name, "description": description} for name, description in rows], indent=1))
+        return
+    table = Table("recipe", "description")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_recipe(name: str) -> None:
+    """Prints a recipe's file."""
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+def copy_recipe(name: str, target: Path) -> None:
+    """Writes a recipe's file somewhere else, so that it still finds what it extends.
+
+    Raises:
+        LaunchError: The target exists or cannot be written.
+    """
+    source = find_recipe(name)
+    load_recipe(str(source))  # a recipe that does not load is not worth copying
+    text = source.read_text(encoding="utf-8")
+    parent = (yaml.safe_load(text) or {}).get("extends")
+    if parent is not None and (source.parent / str(parent)).is_file():
+        shipped = (source.parent / str(parent)).resolve().relative_to(recipe_folder())
+        text = text.replace(f"extends: {parent}", f"extends: {shipped.with_suffix('').as_posix()}")
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise LaunchError(f"{target}: exists; give another file name") from None
+    except OSError as error:
+        raise LaunchError(f"{target}: cannot be written: {error.strerror}") from error
+    print(f"wrote {target}; train it with: smoe-train train {target}")
+
+
+def print_schema() -> None:
+    """Prints the JSON Schema of recipes."""
+    print(json.dumps(json_schema(), indent=1))
+
+
+def list_routers(as_json: bool) -> None:
+    """Prints each routing policy, its source and its options."""
+    from smoe_train.routing import ROUTERS
+
+    entries = []
+    for name, entry in ROUTERS.items():
+        options = {
+            key: {"default": field.default, "description": " ".join((field.description or "").split())}
+            for key, field in entry.config.model_fields.items()
+            if key != "type"
+        }
+        router = entry.router
+        entries.append({"type": name, "summary": router.summary, "paper": router.paper, "options": options})
+    if as_json:
+        print(json.dumps(entries, indent=1))
+        return
+    console = Console()
+    for item in entries:
+        table = Table("option", "default", "what it does", title=f"{item['type']}: {item['summary']}", min_width=60)
+        table.caption = str(item["paper"])
+        options = item["options"]
+        assert isinstance(options, dict)
+        for key, option in options.items():
+            table.add_row(key, str(option["default"]), option["description"])
+        console.print(table)
+
+
+def _description(path: Path) -> str:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return str(values.get("description", "")) if isinstance(values, dict) else ""

@@ -1,0 +1,97 @@
+"""The folder of a run: where it is, who may write to it, and which checkpoint a command means by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from smoe_train.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, write_text_durably
+from smoe_train.errors import CheckpointError, LaunchError
+from smoe_train.recipe import Recipe, load_recipe
+
+RECIPE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+LOCK = ".lock"
+
+
+class OneRank:
+    """Stands in for the ranks where this process looks at checkpoints alone."""
+
+    rank = 0
+
+    def gather_objects(self, item: object) -> list[object]:
+        """Returns the one object there is."""
+        return [item]
+
+    def broadcast_object(self, item: object) -> object:
+        """Returns the object itself."""
+        return item
+
+
+def store_of(run_folder: Path) -> CheckpointStore:
+    """Returns a run's checkpoints, for reading."""
+    return CheckpointStore(run_folder / CHECKPOINTS, OneRank(), keep_last=1)
+
+
+def create(run_folder: Path, recipe: Recipe, resume: str) -> None:
+    """Creates the folder of a run, or takes up the one that is there, and writes the resolved recipe.
+
+    Raises:
+        LaunchError: ``--resume never`` was given and the folder holds a run, or it cannot be written.
+    """
+    if resume == "never" and (run_folder / RECIPE).exists():
+        raise LaunchError(
+            f"{run_folder}: holds a run already; continue it with --resume auto, choose another name=..., or remove it"
+        )
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        temporary = run_folder / f".{RECIPE}.tmp"
+        write_text_durably(temporary, recipe.to_yaml())
+        temporary.replace(run_folder / RECIPE)
+    except OSError as error:
+        raise LaunchError(f"{run_folder}: cannot be written: {error.strerror}; choose another --output-dir") from error
+
+
+@contextmanager
+def held(run_folder: Path) -> Iterator[None]:
+    """Keeps other commands from writing to a run; the kernel frees the lock if this process dies.
+
+    Raises:
+        LaunchError: Another command holds it.
+    """
+    lock = FileLock(run_folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LaunchError(f"{run_folder}: another command is training in this folder; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(run_or_checkpoint: Path, which: str) -> tuple[Path, Recipe, Checkpoint]:
+    """Returns the run folder, its recipe and a verified checkpoint, from the path of a run or of a checkpoint.
+
+    Args:
+        run_or_checkpoint: A run folder, or one of its checkpoints.
+        which: ``latest`` or ``best``, for a run folder.
+
+    Raises:
+        CheckpointError: There is no such run or checkpoint, or it is damaged.
+    """
+    if (run_or_checkpoint / MANIFEST).is_file():
+        run_folder, path = run_or_checkpoint.resolve().parent.parent, run_or_checkpoint
+    elif (run_or_checkpoint / RECIPE).is_file():
+        run_folder, path = run_or_checkpoint, store_of(run_or_checkpoint).find(which)
+    else:
+        raise CheckpointError(f"{run_or_checkpoint}: is neither a run folder nor a complete checkpoint")
+    if not (run_folder / RECIPE).is_file():
+        raise CheckpointError(f"{run_or_checkpoint}: the run's {RECIPE} is missing from {run_folder}")
+    checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
+    return run_folder, load_recipe(str(run_folder / RECIPE)), checkpoint

@@ -1,0 +1,96 @@
+"""Data: sources of text, tokenizers, token stores, batches.
+
+To add a data set, write one file in ``sources/`` (a config with a ``source`` literal, a `Source` under
+``@register_source``) and one recipe with ``data: {source: <name>, ...}``. Nothing else changes: the folder is searched,
+and the recipe's union is built from what is found.
+
+Only ``loader`` needs torch, so its names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import Field
+
+from smoe_train.data.loader_config import LoaderConfig
+from smoe_train.data.source import (
+    SOURCES,
+    SPLITS,
+    Corpus,
+    Source,
+    SourceConfig,
+    SourceEntry,
+    Split,
+    SplitName,
+    build_source,
+    register_source,
+)
+from smoe_train.data.token_store import TokenStore, default_cache, prepare
+from smoe_train.data.tokenizers import (
+    TOKENIZERS,
+    BytesConfig,
+    Tokenizer,
+    TokenizerConfig,
+    TokenizerEntry,
+    build_tokenizer,
+    register_tokenizer,
+)
+
+SOURCES.discover("smoe_train.data.sources")
+
+
+def _tagged_union(configs: list[type[Any]], tag: str) -> Any:
+    # pydantic refuses a discriminator on a union of one.
+    return Annotated[Union[tuple(configs)], Field(discriminator=tag)] if len(configs) > 1 else configs[0]  # noqa: UP007
+
+
+if TYPE_CHECKING:
+    from smoe_train.data.loader import IGNORED_LABEL, EvaluationBatches, MicroBatch, TrainBatches, block_order
+
+    AnySourceConfig = SourceConfig
+    AnyTokenizerConfig = TokenizerConfig
+else:
+    AnySourceConfig = _tagged_union([entry.config for _, entry in SOURCES.items()], "source")
+    AnyTokenizerConfig = _tagged_union([entry.config for _, entry in TOKENIZERS.items()], "type")
+
+_NEED_TORCH = {"IGNORED_LABEL", "EvaluationBatches", "MicroBatch", "TrainBatches", "block_order"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(importlib.import_module("smoe_train.data.loader"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "IGNORED_LABEL",
+    "SOURCES",
+    "SPLITS",
+    "TOKENIZERS",
+    "AnySourceConfig",
+    "AnyTokenizerConfig",
+    "BytesConfig",
+    "Corpus",
+    "EvaluationBatches",
+    "LoaderConfig",
+    "MicroBatch",
+    "Source",
+    "SourceConfig",
+    "SourceEntry",
+    "Split",
+    "SplitName",
+    "TokenStore",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TokenizerEntry",
+    "TrainBatches",
+    "block_order",
+    "build_source",
+    "build_tokenizer",
+    "default_cache",
+    "prepare",
+    "register_source",
+    "register_tokenizer",
+]

@@ -1,0 +1,222 @@
+"""Where text comes from: the source contract, the table of sources, and splits that are streamed, never held whole.
+
+A source yields bytes. What a token is, and where tokens are kept, is decided elsewhere (`tokenizers`, `token_store`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, TypeVar, get_args
+from zipfile import BadZipFile
+
+from smoe_train.config import StrictModel
+from smoe_train.errors import DataError
+from smoe_train.registry import Registry
+
+SplitName = Literal["train", "valid", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+CHUNK_BYTES = 1 << 20
+
+S = TypeVar("S", bound="type[Source]")
+
+
+class SourceConfig(StrictModel):
+    """Options of one data source; subclasses add a ``source`` literal, the tag of the recipe's union."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a corpus.
+
+    Attributes:
+        num_bytes: Its size.
+        read: Returns a new iterator over the contents, in chunks of about 1 MiB; raises DataError when it cannot.
+    """
+
+    num_bytes: int
+    read: Callable[[], Iterator[bytes]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named text with its splits, and the digest of exactly these contents.
+
+    Attributes:
+        name: The source's name.
+        splits: ``train`` and ``valid``, perhaps ``test``, in this order; none is empty.
+        fingerprint: `fingerprint` of the contents.
+    """
+
+    name: str
+    splits: Mapping[SplitName, Split]
+    fingerprint: str
+
+    @classmethod
+    def read(cls, name: str, splits: Mapping[SplitName, Split]) -> Corpus:
+        """Reads all splits once to take the fingerprint.
+
+        Raises:
+            DataError: A split is missing, empty, unreadable, or not as long as it says.
+        """
+        contents: dict[SplitName, tuple[int, str]] = {}
+        for split_name, split in splits.items():
+            num_bytes, sha256 = checksum(split.read())
+            if num_bytes != split.num_bytes:
+                raise DataError(
+                    f"{name}: the {split_name} split has {num_bytes:,} bytes instead of {split.num_bytes:,}; "
+                    "it was changed while it was read, try again"
+                )
+            contents[split_name] = (num_bytes, sha256)
+        for split_name in SPLITS:
+            num_bytes, _ = contents.get(split_name, (0, ""))
+            if not num_bytes and (split_name in contents or split_name != "test"):
+                raise DataError(
+                    f"{name}: the {split_name} split is empty; it needs more text or another division of it"
+                )
+        return cls(name, {key: splits[key] for key in SPLITS if key in splits}, fingerprint(contents))
+
+
+def checksum(chunks: Iterable[bytes], algorithm: Literal["sha256", "md5"] = "sha256") -> tuple[int, str]:
+    """Returns the number of bytes and their digest in hexadecimal."""
+    digest, num_bytes = hashlib.new(algorithm, usedforsecurity=False), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return num_bytes, digest.hexdigest()
+
+
+def fingerprint(contents: Mapping[SplitName, tuple[int, str]]) -> str:
+    """Returns a sha256 over the size and sha256 of each split, so that moving a boundary changes it too."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        if name in contents:
+            num_bytes, sha256 = contents[name]
+            digest.update(f"{name} {num_bytes} {sha256}\n".encode())
+    return digest.hexdigest()
+
+
+class Source(ABC):
+    """One data source; constructed with its options, reads nothing before `load`."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self, cache: Path) -> Corpus:
+        """Finds (or downloads into ``cache``), checks and fingerprints the text.
+
+        Raises:
+            DataError: The text is missing, unreachable, damaged, or does not fit the options.
+        """
+
+    def files(self, cache: Path) -> Sequence[Path] | None:
+        """Returns every file that the corpus is made from, without reading them; None if that cannot be told.
+
+        With None the corpus is read anew each time; with files only when one of them (or the source's code) changed.
+
+        Raises:
+            DataError: The options name something that is not there.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """A data source: its class and the class of its options."""
+
+    source: type[Source]
+    config: type[SourceConfig]
+
+
+SOURCES: Registry[SourceEntry] = Registry("data source")
+
+
+def register_source(name: str, config: type[SourceConfig]) -> Callable[[S], S]:
+    """Returns a class decorator that adds a source under ``name``, the value of ``data.source`` in recipes."""
+
+    def add(source: S) -> S:
+        SOURCES.register(name)(SourceEntry(source, config))
+        return source
+
+    return add
+
+
+def build_source(config: SourceConfig) -> Source:
+    """Returns the source that the options belong to."""
+    return SOURCES.get(config.source).source(config)
+
+
+def in_memory(data: bytes) -> Split:
+    """Returns a split that is held in memory: for small texts that are put together rather than read."""
+
+    def read() -> Iterator[bytes]:
+        return (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
+
+    return Split(len(data), read)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file, or a member of an archive, that can be opened again and again for reading.
+
+    Attributes:
+        name: What to call it in messages.
+        num_bytes: Its size.
+        open: Returns a new seekable binary stream.
+    """
+
+    name: str
+    num_bytes: int
+    open: Callable[[], IO[bytes]]
+
+    @classmethod
+    def at(cls, path: Path) -> StoredFile:
+        """Returns the plain file at ``path``.
+
+        Raises:
+            DataError: There is none that can be looked at.
+        """
+        try:
+            return cls(str(path), path.stat().st_size, lambda: path.open("rb"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yields the contents in chunks of about 1 MiB; raises DataError when it cannot."""
+        return _read_file(self, 0, self.num_bytes)
+
+
+def byte_range(files: Sequence[StoredFile], start: int, stop: int) -> Split:
+    """Returns bytes [start, stop) of the concatenated files as a split."""
+
+    def read() -> Iterator[bytes]:
+        offset = 0
+        for file in files:
+            first, last = max(start - offset, 0), min(stop - offset, file.num_bytes)
+            if first < last:
+                yield from _read_file(file, first, last)
+            offset += file.num_bytes
+
+    return Split(stop - start, read)
+
+
+def _read_file(file: StoredFile, first: int, last: int) -> Iterator[bytes]:
+    try:
+        with file.open() as stream:
+            stream.seek(first)
+            left = last - first
+            while left:
+                chunk = stream.read(min(CHUNK_BYTES, left))
+                if not chunk:
+                    raise DataError(f"{file.name}: ends {left:,} bytes early; it was cut while it was read")
+                left -= len(chunk)
+                yield chunk
+    except (OSError, EOFError, zlib.error, BadZipFile) as error:
+        raise DataError(f"{file.name}: cannot be read: {error}") from error

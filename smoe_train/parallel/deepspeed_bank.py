@@ -1,0 +1,76 @@
+"""The expert bank under expert parallelism: dropless dispatch over DeepSpeed's process groups.
+
+The only class that subclasses a DeepSpeed MoE class. DeepSpeed's engine recognises expert parameters by
+``isinstance(module, MoE)`` and by two attributes on each parameter; everything else of its MoE layer (gate, capacity,
+dispatch, its checkpoint files) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from smoe_train.parallel.all_to_all import all_to_all, exchange
+from smoe_train.parallel.dispatch_plan import plan_dispatch, run_experts, to_expert_order, to_slot_order
+from smoe_train.parallel.topology import Topology
+
+
+class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
+    """Runs a layer's experts, each on the one rank of the expert-parallel group that holds it.
+
+    Tokens are sorted by expert, sent to the experts' ranks in an all-to-all of uneven blocks, computed there, sent
+    back and put into slot order on their home rank. No token is dropped. Ranks without tokens and experts without
+    tokens take part with zero rows. One host synchronisation a layer: the split sizes.
+
+    Args:
+        topology: Which rank holds which expert.
+        rank: Global rank of this process.
+        make_experts: Makes the stacked experts of a range of global ids.
+    """
+
+    def __init__(self, topology: Topology, rank: int, make_experts: Callable[[range], nn.Module]) -> None:
+        nn.Module.__init__(self)  # not MoE.__init__, which would build DeepSpeed's gate and experts
+        self.topology = topology
+        self.ep_size = topology.expert_parallel_size
+        self.expert_group_name = f"ep_size_{self.ep_size}"
+        self.num_experts = topology.num_experts
+        self.num_local_experts = topology.experts_per_rank
+        self.enable_expert_tensor_parallelism = False
+        self.use_residual = False
+        self.experts = make_experts(topology.experts_of_rank(rank))
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+        self._group: Any = None
+
+    def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by DeepSpeed's engine: makes the expert-parallel groups once and remembers this layer's."""
+        assert not use_data_before_expert_parallel_, "the topology numbers expert-parallel groups consecutively"
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(self.ep_size)
+        self._group = groups._get_expert_parallel_group(self.expert_group_name)
+
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots (id < 0)."""
+        if self.ep_size == 1:
+            return run_experts(self.experts, x_TD, expert_ids_TK, self.num_experts)
+        plan = plan_dispatch(expert_ids_TK, self.num_experts)
+        sent_RL = plan.rows_per_expert_E.view(self.ep_size, self.num_local_experts)
+        even = [1] * self.ep_size
+        received_RL = exchange(sent_RL, even, even, self._group)
+        send_rows, receive_rows = torch.stack([sent_RL.sum(1), received_RL.sum(1)]).tolist()
+        rows = to_expert_order(x_TD, plan)[: sum(send_rows)]
+        rows = all_to_all(rows, send_rows, receive_rows, self._group)
+        local_ids = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
+        local_ids = local_ids.repeat_interleave(received_RL.flatten(), output_size=sum(receive_rows))
+        outputs = run_experts(self.experts, rows, local_ids.unsqueeze(1), self.num_local_experts).squeeze(1)
+        returned = all_to_all(outputs, receive_rows, send_rows, self._group)
+        if returned.shape[0] < plan.num_rows:  # empty slots were not sent
+            missing = returned.new_zeros(plan.num_rows - returned.shape[0], returned.shape[1])
+            returned = torch.cat([returned, missing])
+        return to_slot_order(returned, plan)

@@ -1,0 +1,109 @@
+"""This process among its peers: start, meet, exchange small objects, stop. Works for one process without a launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A started process.
+
+    Attributes:
+        rank: Global rank.
+        local_rank: Rank on this host.
+        world_size: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def alone(cls) -> Process:
+        """One process without a process group and without DeepSpeed, on the accelerator if there is one."""
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return cls(0, 0, 1, accelerator or torch.device("cpu"))
+
+    @classmethod
+    def start(cls) -> Process:
+        """Joins the process group that RANK, WORLD_SIZE, ... describe, or one of this process if they are not set."""
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        accelerator = get_accelerator()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cpu")
+        if accelerator.device_name() != "cpu":
+            accelerator.set_device(local_rank)
+            device = torch.device(accelerator.device_name(local_rank))
+        if not dist.is_initialized():
+            backend = accelerator.communication_backend_name()
+            if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+                dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            else:
+                alone = dist.HashStore()  # type: ignore[attr-defined]
+                dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+        # DeepSpeed would compile an inference-only shared-memory operator here, which needs a compiler and up to
+        # two minutes, and whose lock file blocks later runs if it is killed. Training never uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        return cls(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that writes records and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns the sum of a detached tensor over all ranks."""
+        total = values.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Returns whether the flag is set on any rank; a host synchronisation."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Returns every rank's object, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast_object(self, item: Any) -> Any:
+        """Returns rank 0's object on every rank."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def stop(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

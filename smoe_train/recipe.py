@@ -1,0 +1,224 @@
+"""The recipe: the rooms' configurations side by side, checked against each other, with a published JSON Schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from smoe_train.checkpoint.config import CheckpointConfig
+from smoe_train.config import Layered, StrictModel, apply_overrides, build, read_layers
+from smoe_train.data import AnySourceConfig, AnyTokenizerConfig, BytesConfig, LoaderConfig
+from smoe_train.data.sources.pydocs import PydocsConfig
+from smoe_train.errors import Problem, RecipeError
+from smoe_train.model.config import ModelConfig
+from smoe_train.parallel.topology import ParallelConfig, parallel_problems, topology_problem
+from smoe_train.registry import suggest
+from smoe_train.reporting.config import ReportingConfig
+from smoe_train.schedules import Curriculum, CurriculumConfig, LearningRateConfig
+from smoe_train.training.config import EvaluationConfig, OptimizerConfig, TrainingConfig
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+
+
+class Recipe(StrictModel):
+    """A run, whole: nothing that changes its result is set anywhere else."""
+
+    version: Literal[1]
+    """Version of the recipe format."""
+    name: RunName = "run"
+    """Name of the run and of its folder; letters, digits, dots, dashes and underscores."""
+    description: str = ""
+    """What the recipe is for, in a sentence."""
+    seed: int = Field(1234, ge=0, le=2**31 - 1)
+    """Decides initial values, data order and every choice that looks random."""
+    data: AnySourceConfig = PydocsConfig()
+    """Where the text comes from; ``source`` chooses it."""
+    tokenizer: AnyTokenizerConfig = BytesConfig()
+    """How text becomes token ids; ``type`` chooses it."""
+    loader: LoaderConfig = LoaderConfig()
+    """How batches are brought to the model."""
+    model: ModelConfig = ModelConfig()
+    """The transformer."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """What changes over training."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    """The learning rate over training."""
+    training: TrainingConfig = TrainingConfig()
+    """Length and batch."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation during training."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and how many stay."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is spread over processes."""
+    reporting: ReportingConfig = ReportingConfig()
+    """Where figures are written."""
+
+    def schedule(self) -> Curriculum:
+        """Returns what maps steps to knobs."""
+        return Curriculum(self.curriculum, self.model.moe.top_k, self.training.max_steps)
+
+    def to_yaml(self) -> str:
+        """Returns the resolved recipe as YAML that loads to the same recipe."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        return text
+
+    def identity(self) -> dict[str, str]:
+        """Returns a digest of each section that a checkpoint cannot outlive: another value is another run."""
+        training = self.training
+        parts: dict[str, Any] = {
+            "seed": self.seed,
+            "tokenizer": self.tokenizer.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "training.sequence_length": training.sequence_length,
+            "training.global_batch_size": training.global_batch_size,
+        }
+        return {key: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for key, part in parts.items()}
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> Recipe:
+    """Reads, merges and checks a recipe.
+
+    Args:
+        name_or_path: A file, or the short name of a shipped recipe (``demo``, ``enwik8/hyper_router``).
+        overrides: ``key.path=value`` texts.
+        world_size: Processes it shall run on; the topology is checked if given.
+
+    Raises:
+        RecipeError: Something is wrong; every mistake is listed.
+    """
+    path = find_recipe(name_or_path)
+    return check_recipe(apply_overrides(read_layers(path, _resolve_parent), overrides), path.stem, world_size)
+
+
+def check_recipe(layered: Layered, default_name: str, world_size: int | None = None) -> Recipe:
+    """Turns merged values into a recipe; see `load_recipe`."""
+    values = layered.values if "name" in layered.values else {**layered.values, "name": default_name}
+    layered = Layered(values, layered.origins, layered.source)
+    recipe, problems, dropped = build(Recipe, layered)
+    if recipe is not None:
+        for key, message, involved in cross_check(recipe, world_size):
+            # A check that read a default in place of a wrong value would complain about what nobody wrote.
+            if not any(_overlap(one, bad) for one in (key, *involved) for bad in dropped):
+                problems.append(Problem(layered.where(key), key, message))
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def cross_check(recipe: Recipe, world_size: int | None) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Returns (key, message, further keys read) for each contradiction between settings."""
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    training, model = recipe.training, recipe.model
+    shape_keys = ("model.d_model", "model.num_heads", "model.num_layers", "model.moe", "curriculum")
+    k_values = recipe.schedule().top_k_values()
+    found += [(f"model.{key}", message, shape_keys) for key, message in model.problems(k_values)]
+    longest = model.max_sequence_length
+    if longest is not None and longest < training.sequence_length:
+        message = f"{longest} is less than training.sequence_length {training.sequence_length}"
+        found.append(("model.max_sequence_length", message, ("training.sequence_length",)))
+    schedule = recipe.curriculum.top_k
+    if schedule is not None:
+        if not model.moe_layers():
+            found.append(("curriculum.top_k", "has no effect: the model has no MoE layer", ("model.moe.layers",)))
+        if schedule.low > schedule.high:
+            found.append(("curriculum.top_k.low", f"{schedule.low} exceeds high {schedule.high}", ()))
+        elif schedule.high > model.moe.num_experts:
+            message = f"{schedule.high} exceeds model.moe.num_experts {model.moe.num_experts}"
+            found.append(("curriculum.top_k.high", message, ("model.moe.num_experts",)))
+    excessive = [k for k in recipe.evaluation.top_k if not 1 <= k <= model.moe.num_experts]
+    if excessive:
+        message = f"{excessive} is outside 1 to num_experts {model.moe.num_experts}"
+        found.append(("evaluation.top_k", message, ("model.moe.num_experts",)))
+    if recipe.learning_rate.form == "constant" and recipe.learning_rate.final_fraction:
+        found.append(("learning_rate.final_fraction", "has no effect with form: constant; leave it out", ()))
+    if recipe.learning_rate.warmup_steps >= training.max_steps:
+        message = f"{recipe.learning_rate.warmup_steps} leaves no step of training.max_steps {training.max_steps}"
+        found.append(("learning_rate.warmup_steps", message, ("training.max_steps",)))
+    return found + (_topology_checks(recipe, world_size) if world_size is not None else [])
+
+
+def _topology_checks(recipe: Recipe, world_size: int) -> list[tuple[str, str, tuple[str, ...]]]:
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    training, parallel = recipe.training, recipe.parallel
+    num_experts = recipe.model.moe.num_experts
+    problem = topology_problem(world_size, parallel.expert_parallel_size, num_experts)
+    if problem is not None and recipe.model.moe_layers():
+        found.append(("parallel.expert_parallel_size", problem, ("model.moe.num_experts",)))
+    elif not recipe.model.moe_layers() and parallel.expert_parallel_size > 1:
+        found.append(("parallel.expert_parallel_size", "has no effect: the model has no MoE layer", ("model.moe",)))
+    found += [(f"parallel.{key}", message, ("parallel",)) for key, message in parallel_problems(parallel, world_size)]
+    together = world_size * training.micro_batch_size
+    if training.global_batch_size % together:
+        message = (
+            f"{training.global_batch_size} is not a multiple of {together} = {world_size} processes x "
+            f"training.micro_batch_size {training.micro_batch_size}"
+        )
+        found.append(("training.global_batch_size", message, ("training.micro_batch_size",)))
+    return found
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def recipe_folder() -> Path:
+    """Returns the folder of shipped recipes: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Returns the shipped recipes by short name; names that begin with an underscore are only to be extended."""
+    folder = recipe_folder()
+    paths = sorted(folder.rglob("*.yaml"))
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path for path in paths if not path.name.startswith("_")
+    }
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Returns the file of a recipe, given as a path or as a shipped recipe's short name.
+
+    Raises:
+        RecipeError: There is no such file and no such name.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if path.is_file():
+            return path
+        raise RecipeError([Problem(name_or_path, "", "there is no such file")])
+    recipes = shipped_recipes()
+    if name_or_path not in recipes:
+        hint = suggest(name_or_path, sorted(recipes))
+        raise RecipeError([Problem(name_or_path, "", f"no file and no shipped recipe of this name{hint}")])
+    return recipes[name_or_path]
+
+
+def _resolve_parent(name: str, folder: Path) -> Path:
+    beside = folder / name
+    if beside.suffix in (".yaml", ".yml"):
+        return beside.resolve()
+    shipped = recipe_folder() / f"{name}.yaml"
+    return shipped if shipped.is_file() else find_recipe(name)
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of recipes, for editors; ``extends`` is added, which is resolved before validation."""
+    schema = Recipe.model_json_schema()
+    schema["title"] = "smoe_train recipe"
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Recipe to start from: a path relative to this file, or a shipped recipe's short name.",
+    }
+    schema.pop("required", None)  # an extending file may leave out what its parent sets
+    return schema

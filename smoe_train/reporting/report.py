@@ -1,0 +1,172 @@
+"""One page that sums up a run: figures, curves, routing health and what it ran on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smoe_train.errors import SmoeError
+from smoe_train.reporting.atomic import write_file
+from smoe_train.reporting.charts import draw
+from smoe_train.reporting.environment import ENVIRONMENT
+from smoe_train.reporting.records import METRICS, ROUTING, read_records
+from smoe_train.reporting.sinks.console import duration
+
+RECIPE = "recipe.yaml"
+REPORT = "report"
+
+CAPTIONS = {
+    "loss": "Training loss at each step and its moving average; dashed lines are ordinary compressors on the same "
+    "validation data. The vertical axis leaves out the first 5 % of the steps.",
+    "task": "Scores of the task on held-out data.",
+    "optimisation": "What the schedules did, and the size of the gradient.",
+    "auxiliary_losses": "Averages over tokens and MoE layers. A load-balance loss of 1 is perfect balance.",
+    "routing_health": "One line a layer, training batches only.",
+    "expert_load": "Share of the routed tokens that each expert receives: white is the mean, red overloaded, blue "
+    "underused, grey not recorded.",
+}
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes ``report/report.html``, which needs no other file, and its pictures as PNG beside it.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        SmoeError: The folder holds no run, or a run that has not recorded a step.
+        RunFailedError: A record of the run is damaged.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    recipe_text, recipe = _recipe(run_folder)
+    metrics = read_records(run_folder / METRICS)
+    if not metrics:
+        raise SmoeError(f"{run_folder / METRICS}: records no step yet; train the run first, then write its report")
+    surroundings = _surroundings(run_folder / ENVIRONMENT)
+    baselines = {str(name): float(level) for name, level in (surroundings.get("baselines") or {}).items()}
+    images = draw(metrics, read_records(run_folder / ROUTING), baselines)
+
+    folder = run_folder / REPORT
+    folder.mkdir(exist_ok=True)
+    for name, image in images.items():
+        write_file(folder / f"{name}.png", image)
+    pages = Environment(
+        loader=PackageLoader("smoe_train.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html = pages.get_template("report.html.j2").render(
+        name=recipe.get("name") or run_folder.resolve().name,
+        headline=headline(metrics),
+        results=results(metrics, baselines),
+        charts=[
+            (name.replace("_", " "), base64.b64encode(image).decode(), CAPTIONS[name]) for name, image in images.items()
+        ],
+        environment=_flat(surroundings),
+        recipe=recipe_text,
+    )
+    write_file(folder / "report.html", html.encode())
+    return folder / "report.html"
+
+
+def headline(metrics: Records) -> list[tuple[str, str]]:
+    """Returns the figures at the top of the page, as label and text."""
+    train = [record for record in metrics if record["split"] == "train"]
+    valid = [record for record in metrics if record["split"] == "valid"]
+    figures: list[tuple[str, str]] = [("step", f"{max(record['step'] for record in metrics):,}")]
+    if train:
+        figures.append(("last training loss (nats/token)", _number(train[-1].get("loss"))))
+    if valid:
+        best = min(valid, key=lambda record: _sortable(record.get("loss")))
+        figures.append(("last validation loss (nats/token)", _number(valid[-1].get("loss"))))
+        figures.append((f"best validation loss, at step {best['step']:,}", _number(best.get("loss"))))
+        for key, label in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
+            if key in best:
+                figures.append((f"best validation {label}", _number(best[key])))
+    if train and "tokens" in train[-1]:
+        figures.append(("tokens seen", f"{train[-1]['tokens']:,}"))
+    rate, seconds = speed(train)
+    if rate is not None:
+        figures.append(("tokens per second", f"{rate:,.0f}"))
+    if seconds > 0:
+        figures.append(("time in training steps", duration(seconds)))
+    return figures
+
+
+def speed(train: Records) -> tuple[float | None, float]:
+    """Returns tokens per second without the first step, which warms up, and the seconds of all training steps."""
+    timed = [record for record in train if isinstance(record.get("step_seconds"), float)]
+    tokens, seconds, total = 0, 0.0, 0.0
+    previous: Mapping[str, Any] | None = None
+    for record in timed:
+        steps = record["step"] - (previous["step"] if previous else record["step"] - 1)
+        total += record["step_seconds"] * steps
+        if previous and "tokens" in record and "tokens" in previous:
+            tokens += record["tokens"] - previous["tokens"]
+            seconds += record["step_seconds"] * steps
+        previous = record
+    return (tokens / seconds if seconds > 0 else None), total
+
+
+def results(metrics: Records, baselines: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Returns bits per byte of the run's best validation, its tests and the compressors, best first."""
+    valid = [r["bits_per_byte"] for r in metrics if r["split"] == "valid" and "bits_per_byte" in r]
+    tests = [r["bits_per_byte"] for r in metrics if r["split"] == "test" and "bits_per_byte" in r]
+    rows = {f"{name} (compressor)": level for name, level in baselines.items()}
+    if valid:
+        rows["this run, best validation"] = min(valid, key=_sortable)
+    if tests:
+        rows["this run, last test"] = tests[-1]
+    if not (valid or tests):
+        return []
+    return [(name, _number(level)) for name, level in sorted(rows.items(), key=lambda row: _sortable(row[1]))]
+
+
+def _recipe(run_folder: Path) -> tuple[str, dict[str, Any]]:
+    path = run_folder / RECIPE
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text)
+    except OSError as error:
+        raise SmoeError(
+            f"{run_folder}: is not the folder of a run: {RECIPE} cannot be read ({error.strerror}); "
+            "give the folder that `smoe-train train` wrote, such as runs/<name>"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SmoeError(f"{path}: is damaged: {next(iter(str(error).splitlines()))}") from error
+    return text, recipe if isinstance(recipe, dict) else {}
+
+
+def _surroundings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        surroundings = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SmoeError(f"{path}: is damaged: {error}; delete it to write the report without it") from error
+    return surroundings if isinstance(surroundings, dict) else {}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif value not in (None, "", []):
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "not recorded"
+
+
+def _sortable(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not math.isnan(value) else math.inf

@@ -1,0 +1,51 @@
+"""The recipe's training, optimizer and evaluation sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from smoe_train.config import StrictModel
+
+
+class TrainingConfig(StrictModel):
+    """Length and batch of training."""
+
+    max_steps: int = Field(1000, ge=1)
+    """Optimizer steps altogether."""
+    sequence_length: int = Field(256, ge=1)
+    """Tokens of one training sequence."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Sequences that one process runs at once."""
+    global_batch_size: int = Field(16, ge=1)
+    """Sequences of one optimizer step over all processes; the rest is gradient accumulation."""
+    gradient_clipping: float | None = Field(1.0, gt=0.0)
+    """Largest global gradient norm; null for none."""
+    activation_checkpointing: bool = False
+    """Compute attention and experts again in the backward pass instead of storing them; routing is replayed."""
+
+
+class OptimizerConfig(StrictModel):
+    """The optimizer and what it decays."""
+
+    type: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay of the second moment."""
+    epsilon: float = Field(1e-8, gt=0.0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled weight decay of weight matrices; biases, norms, embeddings and routers' vectors are not decayed."""
+
+
+class EvaluationConfig(StrictModel):
+    """Validation during training."""
+
+    every_steps: int = Field(250, ge=1)
+    """Optimizer steps between validations; one is also made at the end."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Tokens of the validation split to use; all of it if not given."""
+    top_k: tuple[int, ...] = ()
+    """Numbers of experts a token to validate with, the first choosing the best checkpoint; model.moe.top_k if empty."""

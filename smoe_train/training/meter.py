@@ -1,0 +1,102 @@
+"""Collects what the steps of a window produced, on the device, and reads it with one synchronisation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoe_train.evaluation import StatSums, add_stats
+from smoe_train.reporting.routing_health import routing_record
+from smoe_train.training.objectives import Objective
+
+
+class Meter:
+    """Losses of each step and routing sums of the window since it was last read.
+
+    Args:
+        num_ranks: Data-parallel ranks; losses are their means.
+        sum_over_ranks: Adds a tensor up over the ranks.
+        coefficients: Coefficient of each auxiliary loss.
+    """
+
+    def __init__(
+        self, num_ranks: int, sum_over_ranks: Callable[[Tensor], Tensor], coefficients: Mapping[str, float]
+    ) -> None:
+        self._num_ranks = num_ranks
+        self._sum = sum_over_ranks
+        self._coefficients = coefficients
+        self._micro: list[dict[str, Tensor]] = []
+        self._losses: list[dict[str, Tensor]] = []
+        self._facts: list[dict[str, Any]] = []
+        self._step_stats: StatSums = {}
+        self._routing: StatSums = {}
+        self._start = time.perf_counter()
+
+    def add(self, objective: Objective) -> None:
+        """Takes in one micro-batch."""
+        router_losses = {name: value.detach() for name, value in (objective.output.router_losses or {}).items()}
+        self._micro.append({"loss": objective.task, **router_losses})
+        add_stats(self._step_stats, objective.output.routing_stats)
+
+    def end_step(self, facts: Mapping[str, Any]) -> StatSums:
+        """Closes a step: its losses are the means over its micro-batches.
+
+        Args:
+            facts: What else to record of the step; tensors are read when the window is.
+
+        Returns:
+            The step's routing sums of this rank by layer.
+        """
+        count = len(self._micro)
+        self._losses.append({name: sum_of(self._micro, name) / count for name in self._micro[0]})
+        self._facts.append(dict(facts))
+        stats, self._step_stats, self._micro = self._step_stats, {}, []
+        add_stats(self._routing, stats)
+        return stats
+
+    def read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Returns one record a step and one routing record a layer, over all ranks, and starts a new window."""
+        steps: list[dict[str, Any]] = []
+        if not self._losses:
+            return steps, []
+        names = list(self._losses[0])
+        table = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self._losses])
+        rows = (self._sum(table) / self._num_ranks).tolist()
+        seconds = (time.perf_counter() - self._start) / len(rows)
+        for facts, row in zip(self._facts, rows, strict=True):
+            values = dict(zip(names, row, strict=True))
+            record = {key: float(value) if isinstance(value, Tensor) else value for key, value in facts.items()}
+            record |= values
+            record |= {f"{name}_weighted": self._coefficients[name] * values[name] for name in names if name != "loss"}
+            steps.append({**record, "step_seconds": seconds})
+        routing = routing_records(self._routing, int(self._facts[-1]["top_k"]), self._sum)
+        self._losses, self._facts, self._routing, self._start = [], [], {}, time.perf_counter()
+        return steps, routing
+
+    def pause(self) -> None:
+        """Starts the clock anew, so that validation and saving do not count as training time."""
+        self._start = time.perf_counter()
+
+
+def sum_of(items: list[dict[str, Tensor]], name: str) -> Tensor:
+    """Returns the sum of one entry over the items."""
+    return torch.stack([item[name] for item in items]).sum(dim=0)
+
+
+def routing_records(sums: StatSums, top_k: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
+    """Returns one record a layer from this rank's sums, with one reduction for all of them."""
+    keys = [(layer, name) for layer in sorted(sums) for name in sorted(sums[layer])]
+    if not keys:
+        return []
+    flat = torch.cat([sums[layer][name].reshape(-1).float() for layer, name in keys])
+    values = iter(sum_over_ranks(flat).tolist())
+    layers: dict[int, dict[str, Any]] = {}
+    for layer, name in keys:
+        tensor = sums[layer][name]
+        numbers = [next(values) for _ in range(tensor.numel())]
+        layers.setdefault(layer, {})[name] = numbers if tensor.dim() else numbers[0]
+    return [{"layer": layer, **routing_record(numbers, top_k)} for layer, numbers in layers.items()]

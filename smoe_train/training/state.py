@@ -1,0 +1,33 @@
+"""What a run knows of itself besides tensors: saved with each checkpoint, restored on resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Where training stands.
+
+    Attributes:
+        step: Optimizer steps taken; also the position in the data, whose order is a function of (seed, step).
+        tokens: Tokens trained on.
+        best_loss: Lowest validation loss so far (nats a token), or None before the first validation.
+        best_step: Its step.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the values as JSON holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainState:
+        """Returns the state that `to_json` wrote."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})

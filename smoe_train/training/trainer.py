@@ -1,0 +1,205 @@
+"""The training loop, to be read from top to bottom: one trainer for every task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smoe_train.checkpoint import Checkpoint, CheckpointStore, collect, restore
+from smoe_train.data.loader import EvaluationBatches, MicroBatch, TrainBatches
+from smoe_train.errors import RunFailedError, RunStoppedError
+from smoe_train.evaluation import LanguageModelScore, StatSums, evaluate_language_model
+from smoe_train.model import SmoePreTrainedModel
+from smoe_train.reporting import Journal
+from smoe_train.routing import Router
+from smoe_train.schedules import Curriculum, Knobs, LearningRateConfig, learning_rate
+from smoe_train.training.config import EvaluationConfig, TrainingConfig
+from smoe_train.training.engine import Engine
+from smoe_train.training.meter import Meter, routing_records
+from smoe_train.training.objectives import Objective
+from smoe_train.training.state import TrainState
+from smoe_train.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from smoe_train.parallel.process import Process
+
+MakeObjective = Callable[[Engine, MicroBatch, Knobs], Objective]
+
+
+@dataclass
+class Trainer:
+    """Everything one run needs, and the loop over its steps.
+
+    Attributes:
+        config: Length and batch.
+        evaluation: When and how to validate.
+        learning_rate: The learning rate over training.
+        curriculum: Maps steps to knobs.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between records being read from the device.
+        seed: Run seed.
+        expert_parallel_size: Ranks that share one set of experts.
+        engine: Runs, differentiates and updates the model.
+        model: The model inside the engine.
+        process: This process among its peers.
+        batches: Training batches of this rank.
+        validation: Validation batches of this rank.
+        bytes_per_token: Bytes of text a token stands for, in the training and in the validation split.
+        objective: The losses of a micro-batch.
+        store: Where checkpoints go.
+        journal: Where records go; None on all ranks but the first.
+        identity: What a checkpoint must agree on to be resumed, saved with it.
+        stop: Whether the run was asked to stop.
+        state: Where training stands.
+    """
+
+    config: TrainingConfig
+    evaluation: EvaluationConfig
+    learning_rate: LearningRateConfig
+    curriculum: Curriculum
+    checkpoint_every: int
+    log_every: int
+    seed: int
+    expert_parallel_size: int
+    engine: Engine
+    model: SmoePreTrainedModel
+    process: Process
+    batches: TrainBatches
+    validation: EvaluationBatches
+    bytes_per_token: dict[str, float]
+    objective: MakeObjective
+    store: CheckpointStore
+    journal: Journal | None
+    identity: dict[str, Any]
+    stop: StopRequest = field(default_factory=StopRequest)
+    state: TrainState = field(default_factory=TrainState)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
+        restore(self.engine, checkpoint, self.process.rank, self.seed, self.process.device)
+        self.state = TrainState.from_json(checkpoint.state["train"])
+
+    def train(self) -> TrainState:
+        """Trains to the last step and returns where training stands.
+
+        Raises:
+            RunFailedError: The loss is not finite any more.
+            RunStoppedError: The run was asked to stop and has written its checkpoint.
+        """
+        max_steps = self.config.max_steps
+        state, engine = self.state, self.engine
+        adapting = [router for router in self.model.routers().values() if adapts(router)]
+        meter = Meter(self.process.world_size, self.process.sum, self.model.config.loss_coefficients())
+        self.model.train()
+        for micro_batches in self.batches.steps(state.step, max_steps):
+            knobs = self.curriculum.knobs(state.step)
+            rate = learning_rate(self.learning_rate, state.step, max_steps)
+            for batch in micro_batches:
+                objective = self.objective(engine, batch.to(self.process.device), knobs)
+                engine.backward(objective.total)
+                meter.add(objective)
+            engine.step(rate)
+
+            state.step += 1
+            state.tokens += self.config.global_batch_size * self.config.sequence_length
+            stats = meter.end_step(
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "learning_rate": rate,
+                    "top_k": knobs.top_k,
+                    "gradient_norm": engine.gradient_norm,
+                }
+            )
+            if adapting:
+                self._adapt_routers(stats)
+
+            last = state.step == max_steps
+            evaluate = last or state.step % self.evaluation.every_steps == 0
+            save = last or state.step % self.checkpoint_every == 0
+            stop = False
+            if evaluate or save or state.step % self.log_every == 0:
+                self._record(meter)
+                stop = self.process.any(self.stop.requested)
+            improved = evaluate and self._validate()
+            if save or improved or stop:
+                self._save(improved)
+            if stop and not last:
+                raise RunStoppedError(f"stopped as asked after step {state.step}; the same command resumes the run")
+            if evaluate or save:
+                meter.pause()
+        return state
+
+    def _record(self, meter: Meter) -> None:
+        """Reads the meter, refuses to go on without finite numbers, and writes the records."""
+        steps, routing = meter.read()
+        ratio = math.log(2.0) * self.bytes_per_token["train"]
+        for record in steps:
+            if not math.isfinite(record["loss"]):
+                raise RunFailedError(
+                    f"step {record['step']}: the training loss is {record['loss']}; no checkpoint was written since. "
+                    "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps, and resume"
+                )
+        if self.journal is not None:
+            self.journal.metrics(
+                [{"split": "train", **record, "bits_per_byte": record["loss"] / ratio} for record in steps]
+            )
+            self.journal.routing([{"step": self.state.step, "split": "train", **record} for record in routing])
+
+    def _validate(self) -> bool:
+        """Scores the validation split on all ranks; returns whether it is the best so far."""
+        top_k_values = self.evaluation.top_k or (self.curriculum.top_k,)
+        scores = evaluate_language_model(
+            self.model,
+            self.validation,
+            top_k_values,
+            self.bytes_per_token["valid"],
+            self.state.step,
+            self.process.device,
+            self.process.sum,
+        )
+        first = scores[0]
+        routing = routing_records(first.routing, first.top_k, self.process.sum)
+        if self.journal is not None:
+            self.journal.metrics([self._validation_record(score) for score in scores])
+            self.journal.routing([{"step": self.state.step, "split": "valid", **record} for record in routing])
+        if self.state.best_loss is not None and first.loss >= self.state.best_loss:
+            return False
+        self.state.best_loss, self.state.best_step = first.loss, self.state.step
+        return True
+
+    def _validation_record(self, score: LanguageModelScore) -> dict[str, Any]:
+        record = {"step": self.state.step, "split": "valid", **score.to_json()}
+        return {**record, "evaluated_tokens": score.tokens, "tokens": self.state.tokens}
+
+    def _save(self, best: bool) -> None:
+        """Writes a checkpoint together with the other ranks."""
+        files = collect(self.engine, self.process.rank, self.expert_parallel_size, self.process.device)
+        state = {
+            "train": self.state.to_json(),
+            "optimizer_steps": self.engine.optimizer_steps(),
+            "world_size": self.process.world_size,
+            "expert_parallel_size": self.expert_parallel_size,
+            "identity": self.identity,
+        }
+        path = self.store.save(self.state.step, files, state, best)
+        if self.journal is not None:
+            self.journal.note(f"checkpoint {path}{' (best so far)' if best else ''}")
+
+    def _adapt_routers(self, stats: StatSums) -> None:
+        """Gives routers that keep statistics the sums of the step over all ranks."""
+        routers = self.model.routers()
+        with torch.no_grad():
+            for layer, values in stats.items():
+                summed: dict[str, Tensor] = {name: self.process.sum(value) for name, value in values.items()}
+                routers[layer].after_step(summed)
+
+
+def adapts(router: Router) -> bool:
+    """Returns whether a policy changes a buffer after each step."""
+    return type(router).after_step is not Router.after_step

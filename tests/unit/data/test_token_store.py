@@ -1,0 +1,216 @@
+import hashlib
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+from smoe_train.data import BytesConfig, Corpus, Split, TokenStore, build_tokenizer, known_corpora, prepare
+from smoe_train.data.source import in_memory
+from smoe_train.data.sources.text import TextConfig, TextSource
+from smoe_train.data.token_store import default_cache, write_store
+from smoe_train.data.tokenizers import Tokenizer
+from smoe_train.errors import DataError
+
+TEXT = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    return TextConfig(path=path, valid_fraction=0.1, test_fraction=0.2)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Fixtures are younger than the two seconds after which files count as settled."""
+    monkeypatch.setattr(known_corpora, "SETTLING_NANOSECONDS", 0)
+
+
+def test_a_store_holds_the_text_split_by_split(text, cache):
+    store = prepare(text, BytesConfig(), cache)
+    expected = {"train": TEXT[:7168], "valid": TEXT[7168:8192], "test": TEXT[8192:]}
+    assert store.splits == ("train", "valid", "test")
+    for name, data in expected.items():
+        tokens = store.tokens(name)
+        assert isinstance(tokens, np.memmap)
+        assert (tokens.dtype, tokens.ndim, tokens.tobytes()) == (np.uint8, 1, data)
+        assert not tokens.flags.writeable
+        assert store.num_bytes(name) == len(data)
+        assert store.checksums()[name] == hashlib.sha256(data).hexdigest()
+    store.verify()
+    record = json.loads((store.folder / "store.json").read_text())
+    assert (record["source"], record["vocab_size"], record["dtype"]) == ("text", 256, "uint8")
+    assert set(store.checksums()) == {"corpus", "tokenizer", "train", "valid", "test"}
+
+
+class PairTokenizer(Tokenizer):
+    """Two bytes make one token; an odd one at the end is dropped."""
+
+    vocab_size = 1 << 16
+    fingerprint = "pairs"
+
+    def encode(self, chunks):
+        left = b""
+        for chunk in chunks:
+            left += chunk
+            even = len(left) // 2 * 2
+            yield np.frombuffer(left[:even], dtype=">u2").astype(np.uint16)
+            left = left[even:]
+
+    def encode_text(self, text): ...
+    def decode(self, ids): ...
+    def save(self, folder): ...
+
+
+def test_tokens_and_bytes_are_counted_apart(tmp_path):
+    corpus = Corpus.read("made-up", {"train": in_memory(b"\x01\x02\x03\x04\x05"), "valid": in_memory(b"\xff\xfe")})
+    write_store(tmp_path, corpus, PairTokenizer(BytesConfig()))
+    store = TokenStore.open(tmp_path)
+    assert store.tokens("train").tolist() == [0x0102, 0x0304]
+    assert store.tokens("valid").tolist() == [0xFFFE]
+    assert (store.num_bytes("train"), store.num_bytes("valid")) == (5, 2)
+    assert (tmp_path / "train.bin").read_bytes() == b"\x02\x01\x04\x03", "little-endian on every machine"
+    with pytest.raises(DataError, match="made-up has no test split; there are: train, valid"):
+        store.tokens("test")
+
+
+def test_a_text_too_short_for_one_token_is_refused(tmp_path):
+    corpus = Corpus.read("made-up", {"train": in_memory(b"ab"), "valid": in_memory(b"c")})
+    with pytest.raises(DataError, match="valid: the split has 1 bytes but not one token"):
+        write_store(tmp_path, corpus, PairTokenizer(BytesConfig()))
+
+
+def test_a_text_that_changes_between_fingerprint_and_tokens_is_refused(tmp_path):
+    versions = iter([b"first text", b"other text"])
+    corpus = Corpus.read("made-up", {"train": Split(10, lambda: iter([next(versions)])), "valid": in_memory(b"valid")})
+    with pytest.raises(DataError, match="changed while it was read"):
+        write_store(tmp_path, corpus, build_tokenizer(BytesConfig()))
+
+
+def test_an_unchanged_text_is_not_read_again(text, cache, settled, monkeypatch):
+    first = prepare(text, BytesConfig(), cache)
+    monkeypatch.setattr(TextSource, "load", lambda *_: pytest.fail("was read again"))
+    assert prepare(text, BytesConfig(), cache) == first
+
+
+def test_a_text_replaced_with_size_and_time_preserved_gets_a_new_store(text, cache, settled):
+    old = prepare(text, BytesConfig(), cache)
+    times = text.path.stat()
+    text.path.write_bytes(TEXT[::-1])
+    os.utime(text.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new = prepare(text, BytesConfig(), cache)
+    assert new.folder != old.folder
+    assert new.tokens("train").tobytes() == TEXT[::-1][:7168]
+    assert old.tokens("train").tobytes() == TEXT[:7168]
+
+
+def test_a_text_changed_within_the_last_two_seconds_is_read_again(text, cache, monkeypatch):
+    prepare(text, BytesConfig(), cache)
+    loads = []
+    load = TextSource.load
+    monkeypatch.setattr(TextSource, "load", lambda self, cache: loads.append(1) or load(self, cache))
+    prepare(text, BytesConfig(), cache)
+    assert loads
+
+
+def test_other_split_sizes_get_another_store(text, cache, settled):
+    folders = {prepare(text, BytesConfig(), cache).folder}
+    folders.add(prepare(text.model_copy(update={"valid_fraction": 0.2}), BytesConfig(), cache).folder)
+    assert len(folders) == 2
+
+
+def test_damage_is_detected_and_named(text, cache):
+    store = prepare(text, BytesConfig(), cache)
+    path = store.path("train")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    TokenStore.open(store.folder)
+    with pytest.raises(DataError, match=r"train\.bin: is damaged: sha256"):
+        store.verify()
+    path.write_bytes(data[:-1])
+    with pytest.raises(DataError, match=r"train\.bin: has 7,167 bytes instead of 7,168"):
+        TokenStore.open(store.folder)
+    path.unlink()
+    with pytest.raises(DataError, match=r"has 0 bytes"):
+        TokenStore.open(store.folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [("{", "is damaged"), ("{}", "is damaged: Field required"), (None, "is not a token store")],
+)
+def test_a_damaged_record_is_detected(text, cache, record, message):
+    store = prepare(text, BytesConfig(), cache)
+    path = store.folder / "store.json"
+    if record is None:
+        path.unlink()
+    else:
+        path.write_text(record)
+    with pytest.raises(DataError, match=message):
+        TokenStore.open(store.folder)
+
+
+def test_a_record_cannot_point_outside_its_folder(text, cache):
+    store = prepare(text, BytesConfig(), cache)
+    path = store.folder / "store.json"
+    path.write_text(path.read_text().replace('"train"', '"../train"'))
+    with pytest.raises(DataError, match="is damaged"):
+        TokenStore.open(store.folder)
+
+
+def test_another_format_is_refused(text, cache):
+    store = prepare(text, BytesConfig(), cache)
+    path = store.folder / "store.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(DataError, match="has format 2, this version reads 1"):
+        TokenStore.open(store.folder)
+
+
+def test_prepare_rebuilds_a_store_that_was_cut_short(text, cache, settled, caplog):
+    store = prepare(text, BytesConfig(), cache)
+    store.path("valid").write_bytes(b"")
+    assert prepare(text, BytesConfig(), cache).tokens("valid").tobytes() == TEXT[7168:8192]
+    assert "damaged or incomplete" in caplog.text
+
+
+def prepare_and_check(text, cache, barrier):
+    barrier.wait(20)
+    store = prepare(text, BytesConfig(), cache)
+    store.verify()
+    assert store.tokens("train").tobytes() == TEXT[:7168]
+
+
+def test_processes_that_prepare_at_once_all_get_the_whole_store(text, cache):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    processes = [context.Process(target=prepare_and_check, args=(text, cache, barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len([path for path in (cache / "stores").iterdir() if path.is_dir()]) == 1
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SMOE_TRAIN_CACHE", str(tmp_path / "elsewhere"))
+    assert default_cache() == tmp_path / "elsewhere"
+    monkeypatch.delenv("SMOE_TRAIN_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "smoe_train"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(text, tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, not a folder")
+    with pytest.raises(DataError, match=r"cannot be written.*SMOE_TRAIN_CACHE"):
+        prepare(text, BytesConfig(), blocked)
