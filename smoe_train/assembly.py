@@ -98,7 +98,7 @@ def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: Stop
         **place,
     )
     seed_everything(recipe.seed, process.rank)
-    model = build_model(recipe, tokens.vocab_size, expert_banks(recipe, process))
+    model = build_model(recipe, tokens.record.vocab_size, expert_banks(recipe, process))
     model.model.ranks = RankReduction(process.sum, process.world_size)
     model.recompute_activations(training.activation_checkpointing)
     engine = build_engine(recipe, model, process)
@@ -145,7 +145,7 @@ def build_for_evaluation(recipe: Recipe, process: Process, checkpoint: Checkpoin
     """
     tokens = prepare(recipe.data, recipe.tokenizer)
     make_bank = expert_banks(recipe, process) if process.world_size > 1 else LocalExpertBank
-    model = build_model(recipe, tokens.vocab_size, make_bank)
+    model = build_model(recipe, tokens.record.vocab_size, make_bank)
     load_weights(model, checkpoint)
     for module in model.modules():
         if hasattr(module, "set_deepspeed_parallelism"):

@@ -81,7 +81,9 @@ class Recipe(StrictModel):
             "training.sequence_length": training.sequence_length,
             "training.global_batch_size": training.global_batch_size,
         }
-        return {key: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for key, part in parts.items()}
+        return {
+            key: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for key, part in parts.items()
+        }
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> Recipe:

@@ -1,9 +1,23 @@
 """Checkpoints: one topology-independent format, atomic and checksummed; DeepSpeed's own files are not written."""
 
+from typing import TYPE_CHECKING
+
 from smoe_train.checkpoint.config import CheckpointConfig
-from smoe_train.checkpoint.model_state import StateAccess, collect, load_weights, restore
-from smoe_train.checkpoint.rank_state import seed_everything
-from smoe_train.checkpoint.store import Checkpoint, CheckpointStore
+from smoe_train.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from smoe_train.checkpoint.model_state import StateAccess, collect, load_weights, restore
+    from smoe_train.checkpoint.rank_state import seed_everything
+    from smoe_train.checkpoint.store import Checkpoint, CheckpointStore
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "model_state": ("StateAccess", "collect", "load_weights", "restore"),
+        "rank_state": ("seed_everything",),
+        "store": ("Checkpoint", "CheckpointStore"),
+    },
+)
 
 __all__ = [
     "Checkpoint",

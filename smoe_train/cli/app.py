@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from smoe_train import __version__
-from smoe_train.errors import SmoeError
+from smoe_train.errors import RunStoppedError, SmoeError
 
 app = typer.Typer(
     name="smoe-train",
@@ -188,7 +188,8 @@ def main() -> None:
     try:
         app()
     except SmoeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        prefix = "" if isinstance(error, RunStoppedError) else "error: "
+        print(f"{prefix}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

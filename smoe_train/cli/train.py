@@ -90,41 +90,37 @@ def _arguments(run_folder: Path, resume: str) -> list[str]:
 
 
 def _train_here(run_folder: Path, resume: str) -> int:
-    from smoe_train.cli.worker import run_reporting_errors, train_worker
+    from smoe_train.cli.worker import log_to, train_worker
     from smoe_train.training.stop import StopRequest
 
     stop = StopRequest()
-    stop.listen()
-    logs = run_folder / LOGS
-    code = run_reporting_errors(lambda: train_worker(run_folder, resume, stop), logs)
-    if code:
-        from smoe_train.cli.launch import worker_message
-
-        print(worker_message(logs), file=sys.stderr)
-    return code
+    stop.listen(second_ends=True)
+    log_to(run_folder / LOGS)
+    train_worker(run_folder, resume, stop)
+    return 0
 
 
 def _train_as_worker(options: TrainOptions) -> int:
     """Acts as one worker of a job that somebody else has launched (torchrun, srun)."""
-    from smoe_train.cli.worker import run_reporting_errors, train_worker
+    from smoe_train.assembly import start_process
+    from smoe_train.cli.worker import exit_code_of, train_worker
     from smoe_train.training.stop import StopRequest
 
     recipe = load_recipe(options.recipe, options.overrides, int(os.environ["WORLD_SIZE"]))
     run_folder = options.output_dir / recipe.name
-    if os.environ["RANK"] == "0":
-        _check_resume(run_folder, options.resume)
-        _prepare_data(recipe)
-        create(run_folder, recipe, options.resume)
     stop = StopRequest()
-    stop.listen()
+    stop.listen(second_ends=False)
 
     def work() -> None:
-        from smoe_train.assembly import start_process
-
-        start_process(recipe).barrier()  # rank 0 has written the recipe before it comes here
+        process = start_process(recipe)
+        if process.is_first:
+            _check_resume(run_folder, options.resume)
+            _prepare_data(recipe)
+            create(run_folder, recipe, options.resume)
+        process.barrier()
         train_worker(run_folder, options.resume, stop)
 
-    return run_reporting_errors(work, run_folder / LOGS)
+    return exit_code_of(work, run_folder / LOGS)
 
 
 def _check_resume(run_folder: Path, resume: str) -> None:

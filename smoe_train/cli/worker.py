@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from smoe_train.assembly import CHECKPOINTS, build_trainer, check_identity, open_journal, start_process
 from smoe_train.checkpoint import Checkpoint, CheckpointStore
@@ -84,14 +85,19 @@ def _record_environment(recipe: Recipe, run_folder: Path, trainer: Trainer) -> N
     write_environment(run_folder, environment(topology, checksums))
 
 
-def run_reporting_errors(work: Callable[[], None], logs: Path) -> int:
-    """Runs a worker's work; what goes wrong is left in ``logs`` for the parent and returned as an exit code."""
-    rank = int(os.environ.get("RANK", "0"))
+def log_to(logs: Path) -> None:
+    """Sends this rank's log to its own file."""
     logs.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(logs / f"rank-{rank}.log", encoding="utf-8")
+    handler = logging.FileHandler(logs / f"rank-{os.environ.get('RANK', '0')}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+
+def exit_code_of(work: Callable[[], None], logs: Path) -> int:
+    """Runs a launched worker's work; what goes wrong is left in ``logs`` for the parent, and its exit code returned."""
+    log_to(logs)
+    rank = int(os.environ["RANK"])
     try:
         work()
     except SmoeError as error:
@@ -114,13 +120,14 @@ def main() -> None:
     parser.add_argument("--resume", default="auto")
     arguments = parser.parse_args()
     stop = StopRequest()
-    stop.listen()
-    code = run_reporting_errors(
-        lambda: train_worker(arguments.run_folder, arguments.resume, stop), arguments.run_folder / LOGS
-    )
+    stop.listen(second_ends=False)  # the parent kills on a second one; a scheduler may signal workers too
+    leave(exit_code_of(lambda: train_worker(arguments.run_folder, arguments.resume, stop), arguments.run_folder / LOGS))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once: peers may sit in a collective that this rank has left, and waiting hangs both."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Peers may sit in a collective that this rank has left; waiting for their group here would hang both.
     os._exit(code)
 
 

@@ -9,7 +9,6 @@ Only ``loader`` needs torch, so its names are imported when they are first used.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
@@ -37,6 +36,7 @@ from smoe_train.data.tokenizers import (
     build_tokenizer,
     register_tokenizer,
 )
+from smoe_train.lazy import lazy_attributes
 
 SOURCES.discover("smoe_train.data.sources")
 
@@ -55,14 +55,9 @@ else:
     AnySourceConfig = _tagged_union([entry.config for _, entry in SOURCES.items()], "source")
     AnyTokenizerConfig = _tagged_union([entry.config for _, entry in TOKENIZERS.items()], "type")
 
-_NEED_TORCH = {"IGNORED_LABEL", "EvaluationBatches", "MicroBatch", "TrainBatches", "block_order"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
-        return getattr(importlib.import_module("smoe_train.data.loader"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__getattr__ = lazy_attributes(
+    __name__, {"loader": ("IGNORED_LABEL", "EvaluationBatches", "MicroBatch", "TrainBatches", "block_order")}
+)
 
 __all__ = [
     "IGNORED_LABEL",

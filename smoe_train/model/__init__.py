@@ -1,18 +1,45 @@
-"""The transformer: transformers-compatible models built from attention, feed-forward, routers and expert banks."""
+"""The transformer: transformers-compatible models built from attention, feed-forward, routers and expert banks.
 
+Only the recipe's section is imported at once; the models need transformers and come when they are used.
+"""
+
+from typing import TYPE_CHECKING
+
+from smoe_train.lazy import lazy_attributes
 from smoe_train.model.config import ModelConfig, MoeConfig
-from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
-from smoe_train.model.feed_forward import StackedExperts
-from smoe_train.model.smoe_config import SmoeConfig
-from smoe_train.model.transformer import (
-    IGNORED_LABEL,
-    RankReduction,
-    SmoeForCausalLM,
-    SmoeModel,
-    SmoeOutput,
-    SmoePreTrainedModel,
-    language_model_loss,
-    weighted_router_loss,
+
+if TYPE_CHECKING:
+    from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
+    from smoe_train.model.feed_forward import StackedExperts
+    from smoe_train.model.smoe_config import SmoeConfig
+    from smoe_train.model.transformer import (
+        IGNORED_LABEL,
+        RankReduction,
+        SmoeForCausalLM,
+        SmoeModel,
+        SmoeOutput,
+        SmoePreTrainedModel,
+        language_model_loss,
+        weighted_router_loss,
+    )
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "expert_bank": ("BankFactory", "LocalExpertBank"),
+        "feed_forward": ("StackedExperts",),
+        "smoe_config": ("SmoeConfig",),
+        "transformer": (
+            "IGNORED_LABEL",
+            "RankReduction",
+            "SmoeForCausalLM",
+            "SmoeModel",
+            "SmoeOutput",
+            "SmoePreTrainedModel",
+            "language_model_loss",
+            "weighted_router_loss",
+        ),
+    },
 )
 
 __all__ = [

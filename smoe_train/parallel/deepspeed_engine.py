@@ -6,6 +6,7 @@ averages the ranks' norms there instead of adding up the experts' (measured; ZeR
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from smoe_train.parallel.process import Process
 from smoe_train.parallel.topology import ParallelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# DeepSpeed 0.19 calls it; torch 2.13 has given it another name.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 
 class DeepSpeedEngine:
@@ -54,6 +58,7 @@ class DeepSpeedEngine:
         clip_norm: float | None,
     ) -> None:
         self._process = process
+        self._linked = False
         self._stage = config.zero_stage
         self._clip_here = clip_norm if config.zero_stage == 0 else None
         split = split_params_into_different_moe_groups_for_optimizer([dict(group) for group in parameter_groups])
@@ -97,6 +102,8 @@ class DeepSpeedEngine:
             self._clip()
         self._engine.step()
         if self._stage > 0:
+            if not self._linked:
+                self._link_optimizer_states()
             self.gradient_norm = self._engine.get_global_grad_norm()
 
     def _clip(self) -> None:
@@ -156,8 +163,7 @@ class DeepSpeedEngine:
                     **{key: torch.zeros_like(parameter) for key in MOMENTS},
                 }
         if self._stage > 0:
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+            self._link_optimizer_states()
 
     def write_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         """Puts back what `read_state` returned; moments only after `start_loading`."""
@@ -178,6 +184,12 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Frees what DeepSpeed holds."""
         self._engine.destroy()
+
+    def _link_optimizer_states(self) -> None:
+        """Lets parameters find their moments. DeepSpeed does so after stepping its first group, too early for others."""
+        self._optimizer._hp_optimizer_states_linked = False
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+        self._linked = True
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self._optimizer if self._stage == 0 else self._optimizer.optimizer

@@ -40,6 +40,8 @@ class Process:
     @classmethod
     def start(cls) -> Process:
         """Joins the process group that RANK, WORLD_SIZE, ... describe, or one of this process if they are not set."""
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find, without its warning
         import deepspeed
         import deepspeed.ops
         from deepspeed.accelerator import get_accelerator
@@ -56,6 +58,7 @@ class Process:
             if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
                 dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
             else:
+                os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine insists on it
                 alone = dist.HashStore()  # type: ignore[attr-defined]
                 dist.init_process_group(backend, store=alone, rank=0, world_size=1)
         # DeepSpeed would compile an inference-only shared-memory operator here, which needs a compiler and up to

@@ -14,7 +14,7 @@ from smoe_train.reporting.config import ReportingConfig
 from smoe_train.reporting.records import METRICS, ROUTING, Record
 from smoe_train.reporting.sinks import Background, ConsoleSink, JsonLines, Sink, TensorboardSink, WandbSink
 
-CLOSE_SECONDS = 1.0
+CLOSE_SECONDS = 0.8
 
 
 class Journal:

@@ -1,4 +1,4 @@
-"""Asking a run to stop: the first SIGINT or SIGTERM is remembered, the second ends the process at once."""
+"""Asking a run to stop: SIGINT or SIGTERM is remembered until the loop looks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def listen(self) -> None:
-        """Remembers the first SIGINT or SIGTERM; a second one has its usual effect."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+    def listen(self, second_ends: bool) -> None:
+        """Remembers SIGINT and SIGTERM.
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        Args:
+            second_ends: Whether a second signal has its usual effect, or is taken as the same request again.
+        """
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            if second_ends:
+                for each in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(each, signal.SIG_DFL)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, remember)
 
     @property
     def requested(self) -> bool:

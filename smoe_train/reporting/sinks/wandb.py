@@ -7,11 +7,14 @@ start right after a failed online one times out, which is why the server is aske
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import netrc
 import os
 import secrets
 import ssl
+import sys
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -59,7 +62,7 @@ class WandbSink:
         """Starts or continues the run; offline, with a warning, where online is wanted and does not work."""
         import wandb
 
-        settings = wandb.setup(wandb.Settings(silent=True)).settings
+        settings = _set_up(wandb)
         mode = self._mode(settings)
         if mode != "online":
             self._run = self._init(wandb, mode)
@@ -90,23 +93,31 @@ class WandbSink:
     def close(self) -> None:
         """Finishes the run, waiting for uploads as long as the configuration allows."""
         if self._run is not None:
+            import wandb
+
             self._run.finish()
+            wandb.teardown()  # only the end of wandb-core means that its file is complete
 
     def patience_seconds(self) -> float:
         """Returns the configured wait if the run is online and the server answers now, else 0."""
-        return self._config.finish_seconds if self._server and reachable(self._server, 1.0) else 0.0
+        return self._config.finish_seconds if self._server and reachable(self._server, 0.6) else 0.0
 
     def abandon(self) -> None:
-        """Ends wandb-core, for which W&B's exit hook would otherwise wait; its files can still be synchronised."""
+        """Ends wandb-core, for which W&B's exit hook would otherwise wait; what it wrote can still be synchronised."""
         for child in psutil.Process().children():
-            if child.name().startswith("wandb-core"):
-                child.kill()
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("wandb-core"):
+                    child.kill()
+        # In a thread, because a start that hangs may hold W&B's lock. It takes the exit hook away.
+        teardown = threading.Thread(target=_teardown, daemon=True)
+        teardown.start()
+        teardown.join(0.4)
 
     def _mode(self, settings: Any) -> str:
         if self._config.mode != "auto":
             return self._config.mode
         if os.environ.get("WANDB_MODE"):
-            return str(settings.mode)
+            return os.environ["WANDB_MODE"]
         return "online" if has_credentials(settings) else "offline"
 
     def _start_online(self, wandb: Any, server: str, credentials: bool) -> str | None:
@@ -117,7 +128,8 @@ class WandbSink:
         try:
             self._run = self._init(wandb, "online")
         except Exception as error:
-            wandb.teardown()
+            self.abandon()
+            _set_up(wandb)
             return f"did not accept the run ({next(iter(str(error).splitlines()), type(error).__name__)})"
         self._server = server
         logger.info("wandb: %s", self._run.url)
@@ -155,6 +167,21 @@ class WandbSink:
         write_file(path, f"{identifier}\n".encode())
         self._resumed = True  # a second attempt, offline, is the same run
         return identifier
+
+
+def _set_up(wandb: Any) -> Any:
+    # W&B's own telemetry asks a silent server and holds up the exit by 10 to 30 seconds. It starts for a set-up that is
+    # online, or on an error; the switch for the second is not documented and may go away without harm.
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("wandb.analytics.opentelemetry.opentelemetry_proxy").disable()
+    return wandb.setup(wandb.Settings(silent=True, mode="offline")).settings
+
+
+def _teardown() -> None:
+    wandb = sys.modules.get("wandb")
+    with contextlib.suppress(Exception):  # the connection is dead, as intended
+        if wandb is not None:
+            wandb.teardown()
 
 
 def has_credentials(settings: Any) -> bool:

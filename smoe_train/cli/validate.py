@@ -1,0 +1,112 @@
+"""``validate``: a recipe's layout and cost before anything runs; no accelerator is touched."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from smoe_train.parallel.footprint import Footprint, footprint
+from smoe_train.parallel.topology import Topology, valid_expert_parallel_sizes
+from smoe_train.recipe import Recipe, load_recipe
+
+
+def validate(name_or_path: str, overrides: tuple[str, ...], nproc: int, as_json: bool) -> None:
+    """Prints the plan of a recipe on ``nproc`` processes.
+
+    Raises:
+        RecipeError: Something is wrong; every mistake is listed.
+    """
+    recipe = load_recipe(name_or_path, overrides, nproc)
+    plan = plan_of(recipe, nproc)
+    if as_json:
+        print(json.dumps(plan, indent=1))
+    else:
+        _print(recipe, plan)
+
+
+def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
+    """Returns layout, parameter counts, and memory and traffic of one rank."""
+    from smoe_train.data import build_tokenizer
+    from smoe_train.model import SmoeConfig
+    from smoe_train.model.accounting import census
+
+    training, moe, parallel = recipe.training, recipe.model.moe, recipe.parallel
+    vocab_size = build_tokenizer(recipe.tokenizer).vocab_size
+    config = SmoeConfig.create(recipe.model, vocab_size, training.sequence_length, recipe.seed)
+    counts = census(config)
+    layers = recipe.model.moe_layers()
+    topology = Topology.create(nproc, parallel.expert_parallel_size, moe.num_experts)
+    most = max(recipe.schedule().top_k_values())
+    cost: Footprint = footprint(
+        parallel,
+        nproc,
+        counts.experts,
+        counts.trainable - counts.experts,
+        counts.frozen,
+        training.global_batch_size * training.sequence_length // nproc,
+        recipe.model.d_model,
+        len(layers),
+        most,
+    )
+    return {
+        "name": recipe.name,
+        "processes": nproc,
+        "moe_layers": list(layers),
+        "experts_of_rank": {rank: _span(topology.experts_of_rank(rank)) for rank in range(nproc)} if layers else {},
+        "valid_expert_parallel_sizes": valid_expert_parallel_sizes(nproc, moe.num_experts) if layers else [1],
+        "parameters": counts.to_json(),
+        "tokens_per_step": training.global_batch_size * training.sequence_length,
+        "accumulation_steps": training.global_batch_size // (training.micro_batch_size * nproc),
+        "top_k_in_training": sorted(recipe.schedule().top_k_values()),
+        "bytes_per_rank": cost.to_json(),
+    }
+
+
+def _span(experts: range) -> list[int]:
+    return [experts.start, experts.stop - 1]
+
+
+def _print(recipe: Recipe, plan: dict[str, Any]) -> None:
+    console = Console()
+    parameters, cost = plan["parameters"], plan["bytes_per_rank"]
+    table = Table("", "", title=f"{recipe.name}: valid", show_header=False)
+    table.add_row("router", f"{recipe.model.moe.router.type}, k = {_ints(plan['top_k_in_training'])} in training")
+    table.add_row("MoE layers", f"{_ints(plan['moe_layers']) or 'none'} of {recipe.model.num_layers} layers")
+    for key in ("total", "active", "trainable", "frozen", "experts", "routers"):
+        table.add_row(f"parameters, {key}", f"{parameters[key]:,}")
+    table.add_row("processes", f"{plan['processes']}, expert-parallel size {recipe.parallel.expert_parallel_size}")
+    table.add_row("valid expert-parallel sizes", _ints(plan["valid_expert_parallel_sizes"]))
+    tokens = f"{plan['tokens_per_step']:,} in {plan['accumulation_steps']} micro-batch(es) a rank"
+    table.add_row("tokens a step", tokens)
+    for key, label in (
+        ("weights_bytes", "weights"),
+        ("gradients_bytes", "gradients"),
+        ("optimizer_bytes", "optimizer state"),
+        ("model_state_bytes", "model state (activations come on top)"),
+    ):
+        table.add_row(f"memory a rank, {label}", _size(cost[key]))
+    table.add_row("all-to-all a rank and step, sent", _size(cost["all_to_all_bytes_per_step"]))
+    console.print(table)
+    if plan["experts_of_rank"]:
+        experts = Table("rank", "experts (global ids, in each MoE layer)")
+        for rank, (first, last) in plan["experts_of_rank"].items():
+            experts.add_row(str(rank), f"{first} to {last}" if last > first else str(first))
+        console.print(experts)
+
+
+def _ints(values: list[int]) -> str:
+    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
+        return f"{values[0]} to {values[-1]}"
+    return ", ".join(str(value) for value in values)
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,79 @@
+"""Memory and all-to-all traffic of one rank, from sizes alone; pure arithmetic with its formulas stated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from smoe_train.parallel.topology import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one rank needs.
+
+    Attributes:
+        weights_bytes: Model weights.
+        gradients_bytes: Their gradients; ZeRO 2 partitions them.
+        optimizer_bytes: fp32 moments, and fp32 masters of bf16 weights; ZeRO 1 and 2 partition them. Under ZeRO the
+            masters exist for fp32 weights too.
+        all_to_all_bytes_per_step: Sent by one rank in one optimizer step over all MoE layers, if routing is balanced:
+            tokens there and back, and their gradients.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    all_to_all_bytes_per_step: int
+
+    @property
+    def model_state_bytes(self) -> int:
+        """Weights, gradients and optimizer state together; activations come on top."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    def to_json(self) -> dict[str, int]:
+        """Returns the figures by name."""
+        return {**asdict(self), "model_state_bytes": self.model_state_bytes}
+
+
+def footprint(
+    config: ParallelConfig,
+    world_size: int,
+    expert_parameters: int,
+    other_trainable: int,
+    frozen: int,
+    tokens_per_rank_and_step: int,
+    d_model: int,
+    moe_layers: int,
+    top_k: int,
+) -> Footprint:
+    """Returns what one rank needs.
+
+    Args:
+        config: The recipe's parallel section.
+        world_size: Processes.
+        expert_parameters: Parameters of all experts of all layers.
+        other_trainable: Trainable parameters that every rank holds.
+        frozen: Frozen parameters that every rank holds.
+        tokens_per_rank_and_step: Tokens of one rank in one optimizer step.
+        d_model: Width of a token.
+        moe_layers: Number of MoE layers.
+        top_k: Experts a token.
+    """
+    size = config.expert_parallel_size
+    experts = expert_parameters // size
+    element = 2 if config.precision == "bf16" else 4
+    # Expert state is partitioned over the ranks that hold copies of the same experts, the rest over all ranks.
+    expert_share = experts // (world_size // size)
+    other_share = other_trainable // world_size
+    partitioned = expert_share + other_share
+    whole = experts + other_trainable
+    zero = config.zero_stage if config.engine == "deepspeed" else 0
+    states = 8 + (4 if zero else 0)
+    return Footprint(
+        weights_bytes=(whole + frozen) * element,
+        gradients_bytes=(partitioned if zero >= 2 else whole) * element,
+        optimizer_bytes=(partitioned if zero else whole) * states,
+        all_to_all_bytes_per_step=(
+            4 * tokens_per_rank_and_step * top_k * d_model * element * moe_layers * (size - 1) // size
+        ),
+    )
