@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from smoe_train.checkpoint import Checkpoint, CheckpointStore, load_weights, seed_everything
-from smoe_train.data import TokenStore, prepare
+from smoe_train.data import SplitName, TokenStore, prepare
 from smoe_train.data.loader import EvaluationBatches, TrainBatches
 from smoe_train.errors import CheckpointError
 from smoe_train.model import LocalExpertBank, RankReduction, SmoeConfig, SmoeForCausalLM
@@ -117,7 +117,7 @@ def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: Stop
         process=process,
         batches=batches,
         validation=validation,
-        bytes_per_token={split: bytes_per_token(tokens, split) for split in ("train", "valid")},
+        bytes_per_token={"train": bytes_per_token(tokens, "train"), "valid": bytes_per_token(tokens, "valid")},
         objective=lambda engine, batch, knobs: language_modelling(engine, batch, knobs, config),
         store=CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last),
         journal=None,
@@ -152,10 +152,12 @@ def build_for_evaluation(recipe: Recipe, process: Process, checkpoint: Checkpoin
             module.set_deepspeed_parallelism()
     model.model.ranks = RankReduction(process.sum, process.world_size)
     dtype = torch.bfloat16 if recipe.parallel.precision == "bf16" else torch.float32
-    return model.to(device=process.device, dtype=dtype).eval()
+    model.to(device=process.device, dtype=dtype)
+    model.eval()
+    return model
 
 
-def bytes_per_token(tokens: TokenStore, split: str) -> float:
+def bytes_per_token(tokens: TokenStore, split: SplitName) -> float:
     """Returns how many bytes of text a token of a split stands for on average."""
     return tokens.num_bytes(split) / len(tokens.tokens(split))
 

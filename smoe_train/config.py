@@ -87,7 +87,12 @@ def read_layers(path: Path, resolve: typing.Callable[[str, Path], Path]) -> Laye
         if parent is not None and not isinstance(parent, str):
             where = lines.get("extends", str(current))
             raise RecipeError([Problem(where, "extends", "expected the name or path of one recipe")])
-        current = resolve(parent, current.parent) if parent is not None else None
+        try:
+            current = resolve(parent, current.parent) if parent is not None else None
+        except RecipeError as error:
+            where = lines.get("extends", str(current))
+            found = [Problem(where, "extends", f"{problem.where!r}: {problem.message}") for problem in error.problems]
+            raise RecipeError(found) from error
     merged = Layered({}, {}, str(path))
     for _, values, origins in reversed(chain):
         merged = Layered(merge(merged.values, values), merged.origins | origins, str(path))
@@ -119,7 +124,10 @@ def apply_overrides(layered: Layered, overrides: Sequence[str]) -> Layered:
     values, origins = layered.values, dict(layered.origins)
     for key, tree in parsed:
         values = merge(values, tree)
-        origins[key] = COMMAND_LINE
+        parts = key.replace("[", ".").replace("]", "").split(".")
+        for length in range(1, len(parts)):
+            origins.setdefault(".".join(parts[:length]), COMMAND_LINE)
+        origins[".".join(parts)] = COMMAND_LINE
     return Layered(values, origins, layered.source)
 
 
@@ -148,16 +156,20 @@ def build(model: type[Model], layered: Layered) -> tuple[Model | None, list[Prob
         try:
             return model.model_validate_json(json.dumps(values)), problems, frozenset(dropped)
         except ValidationError as error:
-            found = error.errors(include_url=False, include_context=True)
+            found: dict[tuple[str, ...], list[ErrorDetails]] = {}
+            for details in error.errors(include_url=False, include_context=True):
+                found.setdefault(tuple(_key_path(model, details["loc"])), []).append(details)
             before = len(dropped)
-            for details in found:
-                keys = _key_path(model, details["loc"])
+            for keys, alternatives in found.items():
                 key = ".".join(keys)
                 if key in dropped:
                     continue
-                dropped.add(key)
-                problems.append(Problem(layered.where(key), key, _message(model, details, keys)))
-                values = _without(values, keys)
+                message = "; or ".join(_message(model, details, keys) for details in alternatives)
+                problems.append(Problem(layered.where(key), key, message))
+                # What lacks a value is left out with its block, whose default is good enough for further checks.
+                wrong = keys[:-1] if alternatives[0]["type"] == "missing" and len(keys) > 1 else keys
+                dropped |= {key, ".".join(wrong)}
+                values = _without(values, wrong)
             if len(dropped) == before:
                 return None, problems, frozenset(dropped)
         except (TypeError, ValueError, RecursionError) as error:
@@ -179,9 +191,16 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, str]]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError([Problem(f"{path}{line}", "", f"is not valid YAML: {error.problem}")]) from error
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise RecipeError([Problem(str(path), "", "is nested too deeply to be a recipe")]) from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise RecipeError([Problem(str(path), "", f"is not valid YAML: {_first_line(error)}")]) from error
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+    # OmegaConf reads a lone word as a key without a value.
+    if (
+        not isinstance(root, yaml.MappingNode | None)
+        or not isinstance(loaded, dict)
+        or not all(isinstance(key, str) for key in loaded)
+    ):
         raise RecipeError([Problem(str(path), "", "expected a YAML mapping of keys to values")])
     return typing.cast(Tree, loaded), {key: f"{path}:{line}" for key, line in _lines(root, "")}
 
@@ -221,6 +240,8 @@ def _key_path(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     current: Any = model
     for part in loc:
         members = _members(current)
+        if keys and not members:  # below a value: pydantic names the alternatives of its type, or items of a list
+            break
         if (
             not isinstance(part, int)
             and len(members) > 1

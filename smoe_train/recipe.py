@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
+from omegaconf import OmegaConf
 from pydantic import Field
 
 from smoe_train.checkpoint.config import CheckpointConfig
@@ -68,7 +69,8 @@ class Recipe(StrictModel):
 
     def to_yaml(self) -> str:
         """Returns the resolved recipe as YAML that loads to the same recipe."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        # OmegaConf's dumper, unlike yaml's, quotes texts that its loader would take for numbers ("1e5").
+        text: str = OmegaConf.to_yaml(OmegaConf.create(_literal(self.model_dump(mode="json"))))
         return text
 
     def identity(self) -> dict[str, str]:
@@ -168,6 +170,15 @@ def _topology_checks(recipe: Recipe, world_size: int) -> list[tuple[str, str, tu
     return found
 
 
+def _literal(value: Any) -> Any:
+    """Writes ``${`` so that OmegaConf reads it as these characters."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
+
+
 def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
@@ -194,9 +205,10 @@ def find_recipe(name_or_path: str) -> Path:
     Raises:
         RecipeError: There is no such file and no such name.
     """
-    path = Path(name_or_path).expanduser()
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if path.is_file():
+    path = Path(os.path.expanduser(name_or_path))
+    exists = _is_file(path)
+    if path.suffix in (".yaml", ".yml") or exists:
+        if exists:
             return path
         raise RecipeError([Problem(name_or_path, "", "there is no such file")])
     recipes = shipped_recipes()
@@ -207,11 +219,20 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def _resolve_parent(name: str, folder: Path) -> Path:
-    beside = folder / name
+    beside = folder / os.path.expanduser(name)
     if beside.suffix in (".yaml", ".yml"):
+        if not _is_file(beside):
+            raise RecipeError([Problem(name, "", f"there is no such file in {folder}")])
         return beside.resolve()
     shipped = recipe_folder() / f"{name}.yaml"
-    return shipped if shipped.is_file() else find_recipe(name)
+    return shipped if _is_file(shipped) else find_recipe(name)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL
+        return False
 
 
 def json_schema() -> dict[str, Any]:

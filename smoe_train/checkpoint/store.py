@@ -8,6 +8,7 @@ text files that hold a folder name; they are hints, replaced atomically and neve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,7 +67,7 @@ class Checkpoint:
     path: Path
     step: int
     state: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, tuple[int, str]]
     tensors: Mapping[str, str]
 
     @classmethod
@@ -77,6 +78,8 @@ class Checkpoint:
             CheckpointError: There is none, or it is not one of this format.
         """
         try:
+            if (path / MANIFEST).is_symlink():
+                raise CheckpointError(f"{path / MANIFEST}: is a symbolic link, which no checkpoint holds")
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no complete checkpoint: it has no {MANIFEST}") from None
@@ -85,16 +88,17 @@ class Checkpoint:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
             raise CheckpointError(f"{path / MANIFEST}: format {found!r} is not {FORMAT}, the one this version reads")
+        if manifest.pop("sha256", None) != _text_sha256(_canonical(manifest)):
+            raise CheckpointError(f"{path / MANIFEST}: damaged: has another SHA-256 than when it was written")
         try:
-            checkpoint = cls(path, int(manifest["step"]), manifest["state"], manifest["files"], manifest["tensors"])
-            sound = all(_FILE_NAME.match(name) for name in checkpoint.files) and all(
-                file in checkpoint.files for file in checkpoint.tensors.values()
-            )
+            step, state = int(manifest["step"]), dict(manifest["state"])
+            files = {name: (int(item["bytes"]), str(item["sha256"])) for name, item in manifest["files"].items()}
+            tensors = {str(tensor): str(name) for tensor, name in manifest["tensors"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path / MANIFEST}: incomplete: {error!r}") from error
-        if not sound:
+        if not all(_FILE_NAME.match(name) for name in files) or not set(tensors.values()) <= files.keys():
             raise CheckpointError(f"{path / MANIFEST}: names a file that no checkpoint may have")
-        return checkpoint
+        return cls(path, step, state, files, tensors)
 
     def verify(self) -> None:
         """Compares every file with the manifest.
@@ -107,13 +111,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: damaged checkpoint: {'; '.join(damaged)}")
 
     def _file_problem(self, name: str) -> str | None:
-        path, expected = self.path / name, self.files[name]
-        if path.is_symlink() or not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        return None if sha256(path) == expected["sha256"] else f"{name} has another SHA-256 than when it was written"
+        path, (expected_bytes, expected_sha256) = self.path / name, self.files[name]
+        try:
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != expected_bytes:
+                return f"{name} has {size} bytes instead of {expected_bytes}"
+            return None if sha256(path) == expected_sha256 else f"{name} has another SHA-256 than when it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
 
     def tensor(self, name: str) -> Tensor:
         """Returns one tensor on the CPU.
@@ -186,17 +193,24 @@ class CheckpointStore:
             "files": {name: {"bytes": item["bytes"], "sha256": item["sha256"]} for name, item in files.items()},
             "tensors": {tensor: name for name, item in files.items() for tensor in item["tensors"]},
         }
+        manifest["sha256"] = _text_sha256(_canonical(manifest))
         write_text_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
         _sync_folder(temporary)
         final = self.folder / step_name(step)
+        replaced = self.folder / f"{_REMOVED}{uuid.uuid4().hex}"
         if final.exists():
-            final.rename(self.folder / f"{_REMOVED}{uuid.uuid4().hex}")
-        temporary.rename(final)
+            final.rename(replaced)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
         _sync_folder(self.folder)
         self._point("latest", step)
         if best:
             self._point("best", step)
-        self._prune()
+        self._prune(step)
 
     def _point(self, name: str, step: int) -> None:
         temporary = self.folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex}"
@@ -204,21 +218,27 @@ class CheckpointStore:
         temporary.replace(self.folder / name)
         _sync_folder(self.folder)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: int) -> None:
+        """Removes old checkpoints and what crashed saves have left.
+
+        Checkpoints of later steps than the one just written are damaged, or the run was taken back behind them: they
+        stay, and do not count, lest they crowd out the sound ones.
+        """
         best = self._pointed("best")
-        for path in self.complete()[self._keep_last :]:
+        written = [path for path in self.complete() if _step_of(path) <= newest]
+        for path in written[self._keep_last :]:
             if path != best:
                 path.rename(self.folder / f"{_REMOVED}{path.name}-{uuid.uuid4().hex}")
         for leftover in self.folder.iterdir():
             if leftover.name.startswith((_REMOVED, _TEMPORARY)):  # no save is under way: it is this one
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
 
     def complete(self) -> list[Path]:
         """Returns the folders that have a manifest, newest first by step."""
         if not self.folder.is_dir():
             return []
-        steps = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _STEP_NAME.match(path.name))]
-        return [path for _, path in sorted(steps, reverse=True) if (path / MANIFEST).is_file()]
+        found = [path for path in self.folder.iterdir() if _STEP_NAME.match(path.name) and not path.is_symlink()]
+        return [path for path in sorted(found, key=_step_of, reverse=True) if (path / MANIFEST).is_file()]
 
     def _pointed(self, name: str) -> Path | None:
         try:
@@ -273,9 +293,30 @@ class CheckpointStore:
         return None, None
 
 
+def _remove(path: Path) -> None:
+    """Removes a folder or file as far as that is possible; what stays is removed after the next save."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _canonical(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def step_name(step: int) -> str:
     """Returns the folder name of a step."""
     return f"step-{step:08d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def sha256(path: Path) -> str:

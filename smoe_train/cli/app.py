@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -23,8 +23,8 @@ recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's short name.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key.path=value]...", help="Override settings.")]
-NumProcesses = Annotated[Optional[int], typer.Option("--nproc", help="Worker processes; all hosts together.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value]...", help="Override settings.")]
+NumProcesses = Annotated[int | None, typer.Option("--nproc", help="Worker processes; all hosts together.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder of run folders.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")]
@@ -45,7 +45,7 @@ def train(
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     launcher: Annotated[str, typer.Option(help="auto, torchrun, deepspeed or in_process.")] = "auto",
-    hostfile: Annotated[Optional[Path], typer.Option(help="Machines, `NAME slots=N` a line.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Machines, `NAME slots=N` a line.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
     output_dir: OutputDir = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
@@ -69,7 +69,7 @@ def evaluate(
     top_k: Annotated[str, typer.Option("--top-k", help="Experts a token, e.g. 1,2,4; the recipe's if empty.")] = "",
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "valid",
     which: Which = "latest",
-    max_tokens: Annotated[Optional[int], typer.Option(help="Evaluate only the first so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Evaluate only the first so many tokens.")] = None,
     nproc: NumProcesses = None,
     json: AsJson = False,
 ) -> None:
@@ -87,7 +87,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 chooses the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")] = 0.95,
-    top_k: Annotated[Optional[int], typer.Option(help="Experts a token; the recipe's if not given.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts a token; the recipe's if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     which: Which = "latest",
     json: AsJson = False,

@@ -60,7 +60,7 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions, nproc: int | None) -> int:
     """Evaluates and prints; returns the exit code."""
-    run_folder, recipe, _ = open_run(options.run, options.which)
+    _, recipe, _ = open_run(options.run, options.which)
     options.top_k_values(recipe)
     world_size = nproc or 1
     if world_size == 1:
@@ -92,10 +92,11 @@ def evaluate_here(options: EvaluateOptions) -> dict[str, object]:
     _, recipe, checkpoint = open_run(options.run, options.which)
     process = Process.start() if "RANK" in os.environ else Process.alone()
     tokens = prepare(recipe.data, recipe.tokenizer)
-    if options.split not in tokens.splits:
+    split = next((name for name in tokens.splits if name == options.split), None)
+    if split is None:
         raise DataError(f"--split: unknown split {options.split!r}{suggest(options.split, list(tokens.splits))}")
     batches = EvaluationBatches(
-        tokens.tokens(options.split),
+        tokens.tokens(split),
         recipe.training.sequence_length,
         recipe.training.micro_batch_size,
         process.rank,
@@ -106,7 +107,7 @@ def evaluate_here(options: EvaluateOptions) -> dict[str, object]:
         build_for_evaluation(recipe, process, checkpoint),
         batches,
         options.top_k_values(recipe),
-        bytes_per_token(tokens, options.split),
+        bytes_per_token(tokens, split),
         checkpoint.step,
         process.device,
         process.sum,

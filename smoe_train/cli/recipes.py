@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -62,7 +63,7 @@ def list_routers(as_json: bool) -> None:
     """Prints each routing policy, its source and its options."""
     from smoe_train.routing import ROUTERS
 
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name, entry in ROUTERS.items():
         options = {
             key: {"default": field.default, "description": " ".join((field.description or "").split())}
@@ -78,9 +79,7 @@ def list_routers(as_json: bool) -> None:
     for item in entries:
         table = Table("option", "default", "what it does", title=f"{item['type']}: {item['summary']}", min_width=60)
         table.caption = str(item["paper"])
-        options = item["options"]
-        assert isinstance(options, dict)
-        for key, option in options.items():
+        for key, option in item["options"].items():
             table.add_row(key, str(option["default"]), option["description"])
         console.print(table)
 

@@ -85,8 +85,8 @@ class StackedExperts(nn.Module):
         """Runs each expert on its rows.
 
         Args:
-            x_RD: Rows sorted by expert; rows behind the last expert's give undefined outputs.
-            rows_per_expert_E: int64 rows of each expert.
+            x_RD: Rows sorted by expert.
+            rows_per_expert_E: int64 rows of each expert; they sum to R.
         """
         ends_E = torch.cumsum(rows_per_expert_E, 0)
         if self.kind == "swiglu":
@@ -94,7 +94,6 @@ class StackedExperts(nn.Module):
             hidden_RF = activate(self.kind, grouped_product(x_RD, self.w_in, ends_E), gate_RF)
             return grouped_product(hidden_RF, self.w_out, ends_E)
         expert_of_row_R = torch.searchsorted(ends_E, torch.arange(x_RD.shape[0], device=x_RD.device), right=True)
-        expert_of_row_R = expert_of_row_R.clamp(max=len(self.expert_ids) - 1)
         hidden_RF = grouped_product(x_RD, self.w_in, ends_E) + self.b_in.index_select(0, expert_of_row_R)
         hidden_RF = activate(self.kind, hidden_RF, None)
         return grouped_product(hidden_RF, self.w_out, ends_E) + self.b_out.index_select(0, expert_of_row_R)
@@ -109,7 +108,7 @@ def grouped_product(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     Args:
         x_RI: Rows sorted by expert.
         weight_EIO: Stacked matrices.
-        ends_E: int64, end row of each expert; rows behind the last are undefined in the result.
+        ends_E: int64, end row of each expert; the last is R.
     """
     aligned = all(size * x_RI.element_size() % 16 == 0 for size in weight_EIO.shape[1:])
     if x_RI.dtype == torch.float64 or not aligned:
@@ -122,11 +121,9 @@ def grouped_product(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 def _looped_product(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     ends = ends_E.tolist()
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    groups = x_RI[: ends[-1]].split(sizes)
     # Unbinding once gives one stacked gradient; indexing would allocate a full-size gradient for every expert.
-    products = [rows @ weight for rows, weight in zip(groups, weight_EIO.unbind(0), strict=True)]
-    tail = x_RI.new_zeros(x_RI.shape[0] - ends[-1], weight_EIO.shape[2])
-    return torch.cat([*products, tail])
+    pairs = zip(x_RI.split(sizes), weight_EIO.unbind(0), strict=True)
+    return torch.cat([rows @ weight for rows, weight in pairs])
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -186,7 +186,7 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
     def _link_optimizer_states(self) -> None:
-        """Lets parameters find their moments. DeepSpeed does so after stepping its first group, too early for others."""
+        """Lets parameters find their moments: DeepSpeed does so after its first group's step, too early for others."""
         self._optimizer._hp_optimizer_states_linked = False
         self._optimizer._lazy_init_hp_params_optimizer_state()
         self._linked = True

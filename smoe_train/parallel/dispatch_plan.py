@@ -26,10 +26,12 @@ class DispatchPlan:
     """Where each slot's token goes in the buffer sorted by expert.
 
     Attributes:
-        row_of_slot_TK: int64, row of the sorted buffer; empty slots point behind the last expert's rows.
+        row_of_slot_TK: int64, row of the sorted buffer. Empty slots have no row: where sizes are known exactly, on the
+            CPU, they hold ``num_rows``; elsewhere a row behind the last expert's.
         valid_TK: False in empty slots.
         rows_per_expert_E: int64, rows of each expert, rounded up to the row multiple.
-        num_rows: R, rows of the sorted buffer: N + E * (multiple - 1), a size that needs no look at the data.
+        num_rows: R, rows of the sorted buffer: on the CPU as many as the experts have, elsewhere N + E * (multiple - 1),
+            a size that needs no look at the data.
     """
 
     row_of_slot_TK: Tensor
@@ -65,12 +67,39 @@ def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, multiple: int = 1) ->
     rank_N = torch.arange(num_slots, device=device)
     row_of_rank_N = first_row[sorted_bins_N] + rank_N - first_rank[sorted_bins_N]
     row_of_slot_N = torch.empty_like(bins_N).scatter_(0, slot_of_rank_N, row_of_rank_N)
+    num_rows = num_slots + num_experts * (multiple - 1)
+    if device.type == "cpu":
+        num_rows = int(rows[:num_experts].sum())
+        row_of_slot_N = row_of_slot_N.clamp(max=num_rows)
     return DispatchPlan(
         row_of_slot_TK=row_of_slot_N.view(expert_ids_TK.shape),
         valid_TK=valid_N.view(expert_ids_TK.shape),
         rows_per_expert_E=rows[:num_experts],
-        num_rows=num_slots + num_experts * (multiple - 1),
+        num_rows=num_rows,
     )
+
+
+def _gather(rows: Tensor, index: Tensor, may_exceed: bool) -> Tensor:
+    """Returns the rows of a 2-D tensor by index; the index behind the last row gives zeros.
+
+    Args:
+        rows: 2-D.
+        index: int64.
+        may_exceed: Whether that index can occur; the CPU looks for itself, elsewhere a look would synchronise.
+    """
+    if rows.device.type == "cpu":
+        may_exceed = index.numel() > 0 and int(index.max()) >= rows.shape[0]
+    if may_exceed:
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return rows.index_select(0, index)
+
+
+def _slot_of_row(row_of_slot_TK: Tensor, num_rows: int) -> Tensor:
+    """Returns the flat slot index of each row, N for rows that no slot owns."""
+    num_slots = row_of_slot_TK.numel()
+    slot_of_row = torch.full((num_rows + 1,), num_slots, dtype=torch.int64, device=row_of_slot_TK.device)
+    slots = torch.arange(num_slots, device=row_of_slot_TK.device)
+    return slot_of_row.scatter_(0, row_of_slot_TK.reshape(-1), slots)[:num_rows]
 
 
 class _Permute(torch.autograd.Function):
@@ -78,21 +107,15 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, row_of_slot_TK: Tensor, num_rows: int) -> Tensor:
-        num_tokens, slots = row_of_slot_TK.shape
         ctx.save_for_backward(row_of_slot_TK)
-        token_of_row_R = torch.full((num_rows,), num_tokens, dtype=torch.int64, device=x_TD.device)
-        tokens_N = torch.arange(num_tokens, device=x_TD.device).repeat_interleave(slots)
-        token_of_row_R.scatter_(0, row_of_slot_TK.reshape(-1), tokens_N)
-        if num_rows == num_tokens * slots:
-            return x_TD.index_select(0, token_of_row_R)
-        padded = torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])])
-        return padded.index_select(0, token_of_row_R)
+        slots = max(row_of_slot_TK.shape[1], 1)
+        return _gather(x_TD, _slot_of_row(row_of_slot_TK, num_rows) // slots, num_rows != row_of_slot_TK.numel())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (row_of_slot_TK,) = ctx.saved_tensors
-        grad_TKD = grads[0].index_select(0, row_of_slot_TK.reshape(-1)).view(*row_of_slot_TK.shape, -1)
-        return grad_TKD.sum(dim=1) if row_of_slot_TK.shape[1] != 1 else grad_TKD.squeeze(1), None, None
+        grad_ND = _gather(grads[0], row_of_slot_TK.reshape(-1), may_exceed=False)
+        return grad_ND.view(*row_of_slot_TK.shape, grads[0].shape[1]).sum(dim=1), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -102,18 +125,15 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, row_of_slot_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_of_slot_TK)
         ctx.num_rows = y_RD.shape[0]
-        return y_RD.index_select(0, row_of_slot_TK.reshape(-1)).view(*row_of_slot_TK.shape, -1)
+        y_ND = _gather(y_RD, row_of_slot_TK.reshape(-1), may_exceed=False)
+        return y_ND.view(*row_of_slot_TK.shape, y_RD.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (row_of_slot_TK,) = ctx.saved_tensors
-        grad_ND = grads[0].reshape(row_of_slot_TK.numel(), -1)
-        slot_of_row_R = torch.full((ctx.num_rows,), grad_ND.shape[0], dtype=torch.int64, device=grad_ND.device)
-        slots_N = torch.arange(grad_ND.shape[0], device=grad_ND.device)
-        slot_of_row_R.scatter_(0, row_of_slot_TK.reshape(-1), slots_N)
-        if ctx.num_rows != grad_ND.shape[0]:
-            grad_ND = torch.cat([grad_ND, grad_ND.new_zeros(1, grad_ND.shape[1])])
-        return grad_ND.index_select(0, slot_of_row_R), None
+        grad_ND = grads[0].reshape(row_of_slot_TK.numel(), grads[0].shape[2])
+        slot_of_row_R = _slot_of_row(row_of_slot_TK, ctx.num_rows)
+        return _gather(grad_ND, slot_of_row_R, ctx.num_rows != grad_ND.shape[0]), None
 
 
 def to_expert_order(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -125,9 +145,7 @@ def to_expert_order(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 def to_slot_order(y_RD: Tensor, plan: DispatchPlan) -> Tensor:
     """Brings expert outputs back to their tokens: [T, K, D], zero in empty slots."""
     y_TKD: Tensor = _Unpermute.apply(y_RD, plan.row_of_slot_TK)  # type: ignore[no-untyped-call]
-    # Rows behind the last expert are undefined, so they are replaced, never multiplied by 0. Looking first costs a
-    # host synchronisation on an accelerator, the replacement a pass over the outputs.
-    if y_RD.device.type != "cpu" or not bool(plan.valid_TK.all()):
+    if y_RD.device.type != "cpu":  # rows of empty slots hold something there; on the CPU they have none
         y_TKD = torch.where(plan.valid_TK.unsqueeze(-1), y_TKD, torch.zeros((), dtype=y_RD.dtype, device=y_RD.device))
     return y_TKD
 
@@ -136,10 +154,14 @@ def run_experts(experts: Experts, x_TD: Tensor, expert_ids_TK: Tensor, num_exper
     """Runs stacked experts on tokens and returns their uncombined outputs.
 
     Args:
-        experts: Maps (rows sorted by expert [R, D], int64 rows of each expert [E]) to outputs [R, D].
+        experts: Maps (rows sorted by expert [R, D], int64 rows of each expert [E], which sum to R) to outputs [R, D].
         x_TD: Tokens.
         expert_ids_TK: int64 indices into the stacked experts, negative for an empty slot.
         num_experts: Number of stacked experts.
     """
     plan = plan_dispatch(expert_ids_TK, num_experts, row_multiple(x_TD))
-    return to_slot_order(experts(to_expert_order(x_TD, plan), plan.rows_per_expert_E), plan)
+    rows_E = plan.rows_per_expert_E
+    # What lies behind the last expert's rows is given to it: defined values cost less than a look at the sizes, and
+    # nothing undefined can reach a gradient.
+    rows_E = torch.cat([rows_E[:-1], (plan.num_rows - rows_E[:-1].sum()).unsqueeze(0)])
+    return to_slot_order(experts(to_expert_order(x_TD, plan), rows_E), plan)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smoe_train.reporting.records import by_rank_in_step
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -150,9 +152,7 @@ def _marker(steps: NDArray[np.float64]) -> str:
 def _loss(figure: Figure, metrics: Records, baselines: Mapping[str, float]) -> bool:
     in_bits = any("bits_per_byte" in record for record in metrics)
     key, unit = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "loss (nats per token)")
-    splits = list(dict.fromkeys(record["split"] for record in metrics))
-    curves = {split: _series([r for r in metrics if r["split"] == split], key) for split in splits}
-    curves = {split: curve for split, curve in curves.items() if len(curve[0])}
+    curves = {name: curve for name, records in _curves(metrics) if len((curve := _series(records, key))[0])}
     if not curves:
         return False
     (axis,) = _panels(figure, 1, 4.2)
@@ -163,8 +163,7 @@ def _loss(figure: Figure, metrics: Records, baselines: Mapping[str, float]) -> b
         axis.plot(steps, values, color=SKY, linewidth=0.7, alpha=0.55, label="train, each step")
         axis.plot(steps, smooth, color=BLUE, label="train, smoothed", marker=_marker(steps))
         shown.append(smooth[len(smooth) // 20 :])
-    for (split, (steps, values)), color in zip(curves.items(), (RED, GREEN, PURPLE) * len(curves), strict=False):
-        label = {"valid": "validation"}.get(split, split)
+    for (label, (steps, values)), color in zip(curves.items(), CYCLE[1:] * len(curves), strict=False):
         axis.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.3, label=label)
         shown.append(values)
     levels = baselines if in_bits else {}
@@ -179,6 +178,17 @@ def _loss(figure: Figure, metrics: Records, baselines: Mapping[str, float]) -> b
     axis.set_title("Loss")
     _legend(axis)
     return True
+
+
+def _curves(metrics: Records) -> list[tuple[str, Records]]:
+    """Returns the records of each curve under its name: one a split, one a top_k where a split is scored at several."""
+    curves: list[tuple[str, Records]] = []
+    for split in dict.fromkeys(record["split"] for record in metrics):
+        name = {"valid": "validation"}.get(split, split)
+        series = by_rank_in_step(record for record in metrics if record["split"] == split)
+        several = len(series) > 1 and split != "train"
+        curves += [(f"{name}, top k {r[-1].get('top_k')}" if several else name, r) for r in series]
+    return curves
 
 
 def _baselines(axis: Axes, levels: Mapping[str, float]) -> None:
@@ -211,9 +221,9 @@ def _task(figure: Figure, metrics: Records) -> bool:
     if not names:
         return False
     for axis, name in zip(_panels(figure, len(names), 2.0), names, strict=True):
-        for split, color in zip(dict.fromkeys(r["split"] for r in scored), CYCLE, strict=False):
-            steps, values = _series([r for r in scored if r["split"] == split], name)
-            axis.plot(steps, values, color=color, marker="o", markersize=4, label=split)
+        for (label, records), color in zip(_curves(scored), CYCLE * len(scored), strict=False):
+            steps, values = _series(records, name)
+            axis.plot(steps, values, color=color, marker="o", markersize=4, label=label)
         axis.set_ylabel(name.replace("_", " "))
         _legend(axis)
     figure.axes[0].set_title("Task metrics")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from smoe_train.errors import RunFailedError
 
 Value = float | int | str | bool | None | Sequence[float]
 Record = Mapping[str, Value]
+
+_R = TypeVar("_R", bound=Mapping[str, Any])
 
 METRICS = "metrics.jsonl"
 ROUTING = "routing.jsonl"
@@ -74,13 +77,37 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in complete_lines(path)] if path.exists() else []
 
 
-def scalars_by_step(records: Iterable[Record]) -> dict[int, dict[str, float]]:
-    """Groups the numbers of records by step, named ``split/key`` or ``split/layer_03/key``, for the trackers."""
-    steps: dict[int, dict[str, float]] = {}
+def by_rank_in_step(records: Iterable[_R]) -> list[list[_R]]:
+    """Splits the records of one split into series: the first of every step, the second of every step and so on.
+
+    A validation with several ``top_k`` leaves several records a step; the first is the run's own.
+    """
+    series: list[list[_R]] = []
+    seen: Counter[Any] = Counter()
     for record in records:
-        step, layer = record["step"], record.get("layer")
+        rank = seen[record["step"]]
+        seen[record["step"]] += 1
+        if rank == len(series):
+            series.append([])
+        series[rank].append(record)
+    return series
+
+
+def scalars_by_step(records: Iterable[Record]) -> dict[int, dict[str, float]]:
+    """Groups the numbers of records by step, for the trackers.
+
+    They are named ``split/key`` and ``routing_split/layer_03/key``; further validations of a step with another top_k
+    ``split_top_k_8/key``.
+    """
+    steps: dict[int, dict[str, float]] = {}
+    taken: set[tuple[int, str]] = set()
+    for record in records:
+        step, split, layer = record["step"], record["split"], record.get("layer")
         assert isinstance(step, int)
-        prefix = f"{record['split']}/" if layer is None else f"routing_{record['split']}/layer_{layer:02d}/"
+        prefix = f"{split}/" if layer is None else f"routing_{split}/layer_{layer:02d}/"
+        if (step, prefix) in taken and layer is None:
+            prefix = f"{split}_top_k_{record.get('top_k')}/"
+        taken.add((step, prefix))
         steps.setdefault(step, {}).update(
             (prefix + key, value)
             for key, value in record.items()

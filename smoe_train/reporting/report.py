@@ -15,7 +15,7 @@ from smoe_train.errors import SmoeError
 from smoe_train.reporting.atomic import write_file
 from smoe_train.reporting.charts import draw
 from smoe_train.reporting.environment import ENVIRONMENT
-from smoe_train.reporting.records import METRICS, ROUTING, read_records
+from smoe_train.reporting.records import METRICS, ROUTING, by_rank_in_step, read_records
 from smoe_train.reporting.sinks.console import duration
 
 RECIPE = "recipe.yaml"
@@ -79,7 +79,7 @@ def write_report(run_folder: Path) -> Path:
 def headline(metrics: Records) -> list[tuple[str, str]]:
     """Returns the figures at the top of the page, as label and text."""
     train = [record for record in metrics if record["split"] == "train"]
-    valid = [record for record in metrics if record["split"] == "valid"]
+    valid = _validations(metrics)
     figures: list[tuple[str, str]] = [("step", f"{max(record['step'] for record in metrics):,}")]
     if train:
         figures.append(("last training loss (nats/token)", _number(train[-1].get("loss"))))
@@ -117,7 +117,7 @@ def speed(train: Records) -> tuple[float | None, float]:
 
 def results(metrics: Records, baselines: Mapping[str, float]) -> list[tuple[str, str]]:
     """Returns bits per byte of the run's best validation, its tests and the compressors, best first."""
-    valid = [r["bits_per_byte"] for r in metrics if r["split"] == "valid" and "bits_per_byte" in r]
+    valid = [record["bits_per_byte"] for record in _validations(metrics) if "bits_per_byte" in record]
     tests = [r["bits_per_byte"] for r in metrics if r["split"] == "test" and "bits_per_byte" in r]
     rows = {f"{name} (compressor)": level for name, level in baselines.items()}
     if valid:
@@ -127,6 +127,12 @@ def results(metrics: Records, baselines: Mapping[str, float]) -> list[tuple[str,
     if not (valid or tests):
         return []
     return [(name, _number(level)) for name, level in sorted(rows.items(), key=lambda row: _sortable(row[1]))]
+
+
+def _validations(metrics: Records) -> Records:
+    """Returns the validations at the run's own top_k: further ones of a step, at others, are no result of the run."""
+    series = by_rank_in_step(record for record in metrics if record["split"] == "valid")
+    return series[0] if series else []
 
 
 def _recipe(run_folder: Path) -> tuple[str, dict[str, Any]]:

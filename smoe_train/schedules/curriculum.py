@@ -87,7 +87,19 @@ class Curriculum:
         if schedule is None:
             return frozenset({self.top_k})
         length = schedule.steps or self.max_steps
-        return frozenset(top_k_at(schedule, step, length) for step in range(min(length, self.max_steps) + 1))
+        values = {self.knobs(0).top_k}
+
+        def add_between(first: int, last: int) -> None:
+            # k never turns back, so between two steps with the same k there is no other.
+            before, after = (top_k_at(schedule, step, length) for step in (first, last))
+            values.add(after)
+            if before != after and last - first > 1:
+                middle = (first + last) // 2
+                add_between(first, middle)
+                add_between(middle, last)
+
+        add_between(0, min(length, self.max_steps))
+        return frozenset(values)
 
 
 def top_k_at(schedule: TopKScheduleConfig, step: int, steps: int) -> int:

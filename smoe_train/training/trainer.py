@@ -140,16 +140,21 @@ class Trainer:
         steps, routing = meter.read()
         ratio = math.log(2.0) * self.bytes_per_token["train"]
         for record in steps:
-            if not math.isfinite(record["loss"]):
-                raise RunFailedError(
-                    f"step {record['step']}: the training loss is {record['loss']}; no checkpoint was written since. "
-                    "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps, and resume"
-                )
+            # A step may have a finite loss and a gradient that is not, which only its successors' losses would show.
+            self._require_finite("training loss", record["loss"], record["step"])
+            self._require_finite("gradient norm", record["gradient_norm"], record["step"])
         if self.journal is not None:
             self.journal.metrics(
                 [{"split": "train", **record, "bits_per_byte": record["loss"] / ratio} for record in steps]
             )
             self.journal.routing([{"step": self.state.step, "split": "train", **record} for record in routing])
+
+    def _require_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise RunFailedError(
+                f"step {step}: the {name} is {value}; no checkpoint was written since. "
+                "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps, and resume"
+            )
 
     def _validate(self) -> bool:
         """Scores the validation split on all ranks; returns whether it is the best so far."""
@@ -164,6 +169,7 @@ class Trainer:
             self.process.sum,
         )
         first = scores[0]
+        self._require_finite("validation loss", first.loss, self.state.step)
         routing = routing_records(first.routing, first.top_k, self.process.sum)
         if self.journal is not None:
             self.journal.metrics([self._validation_record(score) for score in scores])

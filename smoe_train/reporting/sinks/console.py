@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from smoe_train.reporting.records import Record, Value
 
 NOT_RESULTS = frozenset({"step", "split", "tokens", "step_seconds", "learning_rate", "gradient_norm"})
 WINDOW_STEPS = 20
+BAR_FROM_WIDTH = 115  # on a narrower terminal the figures need the place
 
 
 class ConsoleSink:
@@ -42,10 +44,13 @@ class ConsoleSink:
         """Starts the bar if there is a terminal that can move its cursor."""
         if not self._console.is_terminal or self._console.is_dumb_terminal:
             return
-        self._bar = Progress(
+        columns = [
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[figures]}", markup=False),
+            *([BarColumn(bar_width=20)] if self._console.width >= BAR_FROM_WIDTH else []),
+            TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False)),
+        ]
+        self._bar = Progress(
+            *columns,
             console=self._console,
             refresh_per_second=4,
         )
@@ -137,7 +142,7 @@ def train_figures(record: Record, pace: Pace, load: float | None) -> list[str]:
     if (rate := pace.tokens_per_second) is not None:
         figures.append(f"{rate:,.0f} tokens/s")
     if load is not None:
-        figures.append(f"expert load {load:.2f}x mean")
+        figures.append(f"expert load {load:.2f}x")
     if (remaining := pace.remaining_seconds) is not None:
         figures.append(f"ETA {duration(remaining)}")
     return figures
@@ -150,7 +155,8 @@ def result_line(record: Mapping[str, Value]) -> str:
         for key, value in record.items()
         if isinstance(value, float) and key not in NOT_RESULTS
     ]
-    return f"{record['split']} at step {record['step']:,}: " + ", ".join(results)
+    top_k = f" with top k {record['top_k']}" if "top_k" in record else ""
+    return f"{record['split']} at step {record['step']:,}{top_k}: " + ", ".join(results)
 
 
 def duration(seconds: float) -> str:

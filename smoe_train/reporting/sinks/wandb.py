@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_run_id"
 INIT_SECONDS = 20.0
+FILE_SECONDS = 3.0
 
 
 class WandbSink:
@@ -99,8 +100,10 @@ class WandbSink:
             wandb.teardown()  # only the end of wandb-core means that its file is complete
 
     def patience_seconds(self) -> float:
-        """Returns the configured wait if the run is online and the server answers now, else 0."""
-        return self._config.finish_seconds if self._server and reachable(self._server, 0.6) else 0.0
+        """Returns the configured wait if the run is online and the server answers now, a little for a file, else 0."""
+        if self._server is None:
+            return FILE_SECONDS if self._run is not None else 0.0
+        return self._config.finish_seconds if reachable(self._server, 0.6) else 0.0
 
     def abandon(self) -> None:
         """Ends wandb-core, for which W&B's exit hook would otherwise wait; what it wrote can still be synchronised."""

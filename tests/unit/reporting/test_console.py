@@ -12,9 +12,9 @@ def train(step, **more):
     return {"step": step, "split": "train", "loss": 0.5, "tokens": 100 * step, "step_seconds": 0.25, **more}
 
 
-def show(calls, *, terminal=False, **options):
+def show(calls, *, terminal=False, width=80, **options):
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=60)
+    console = Console(file=stream, force_terminal=terminal, width=width)
     sink = ConsoleSink(**{"total_steps": 5, "log_every_steps": 2, **options}, console=console)
     sink.open()
     for method, argument in calls:
@@ -41,17 +41,22 @@ def test_the_worst_layer_of_the_last_step_is_shown():
         {"step": step, "split": "train", "layer": layer, "load_max_over_mean": value}
         for step, layer, value in [(1, 0, 9.0), (2, 0, 1.5), (2, 1, 2.25)]
     ]
-    assert "expert load 2.25x mean" in show([("routing", loads), ("metrics", [train(2)])])
+    assert "expert load 2.25x" in show([("routing", loads), ("metrics", [train(2)])])
 
 
 def test_a_note_cannot_drive_the_terminal():
     assert show([("note", "a\x1b[2J[red]b")]) == "a\\x1b[2J[red]b\n"
 
 
-def test_a_terminal_gets_a_bar_with_figures():
-    text = show([("metrics", [train(step) for step in range(1, 5)])], terminal=True, start_step=0)
-    assert "step 4/5" in text
-    assert "loss 0.5000" in text
+@pytest.mark.parametrize(("width", "bar"), [(80, False), (130, True)])
+def test_a_terminal_gets_the_figures_and_a_bar_if_there_is_room(width, bar):
+    records = [train(step, bits_per_byte=0.7) for step in range(1, 5)]
+    loads = [{"step": 4, "split": "train", "layer": 0, "load_max_over_mean": 1.5}]
+    text = show([("routing", loads), ("metrics", records)], terminal=True, width=width)
+    shown = " ".join(text.split())  # a narrow terminal breaks the line
+    for figure in ("step 4/5", "loss 0.5000", "0.7000 bits/byte", "400 tokens/s", "expert load 1.50x", "ETA 00:00"):
+        assert figure in shown
+    assert ("━" in text) is bar
 
 
 def test_no_color_is_heeded(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from smoe_train.errors import RunFailedError
 from smoe_train.reporting import read_records
-from smoe_train.reporting.records import decode, encode, scalars_by_step
+from smoe_train.reporting.records import by_rank_in_step, decode, encode, scalars_by_step
 
 
 @given(st.floats(), st.lists(st.floats(), max_size=4))
@@ -54,6 +54,20 @@ def test_scalars_are_named_by_split_and_layer():
     assert scalars_by_step(records) == {
         3: {"train/loss": 1.0, "valid/loss": 2.0},
         4: {"routing_train/layer_02/dead_experts": 0},
+    }
+
+
+def test_validations_at_several_top_k_stay_apart():
+    records = [{"step": s, "split": "valid", "top_k": k, "loss": 1.0 / k} for s in (10, 20) for k in (2, 4)]
+    assert [[(r["step"], r["top_k"]) for r in series] for series in by_rank_in_step(records)] == [
+        [(10, 2), (20, 2)],
+        [(10, 4), (20, 4)],
+    ]
+    assert scalars_by_step(records)[20] == {
+        "valid/top_k": 2,
+        "valid/loss": 0.5,
+        "valid_top_k_4/top_k": 4,
+        "valid_top_k_4/loss": 0.25,
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from smoe_train.errors import RunFailedError, SmoeError
 from smoe_train.reporting import METRICS, ROUTING, write_environment, write_report
-from smoe_train.reporting.charts import binned_load, smoothed
+from smoe_train.reporting.charts import _curves, binned_load, smoothed
 from smoe_train.reporting.records import encode
 from smoe_train.reporting.report import headline, results, speed
 
@@ -136,6 +136,13 @@ def test_headline_figures():
     assert figures["best validation perplexity"] == "7.389"
     assert figures["tokens per second"] == "2,000"
     assert figures["time in training steps"] == "00:06"
+
+
+def test_only_the_runs_own_top_k_is_a_result():
+    metrics = [{**valid(step, loss), "top_k": k} for step in (1, 2) for k, loss in [(2, 3.0 / step), (4, 1.0)]]
+    assert dict(headline(metrics))["best validation loss, at step 2"] == "1.5"
+    assert [name for name, _ in _curves(metrics)] == ["validation, top k 2", "validation, top k 4"]
+    assert [name for name, _ in _curves([valid(1, 2.0), valid(2, 2.0)])] == ["validation"]
 
 
 def test_speed_leaves_out_the_first_step_and_counts_steps_between_records():

@@ -1,0 +1,280 @@
+"""Expert parallelism gives the losses and the gradients of one process, whatever the topology and ZeRO stage.
+
+Training is by SGD: a wrong gradient scale shows in the weights, which Adam would hide. The reference is the plain
+PyTorch engine with all experts in one process.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.ranks import run_ranks
+from support.tiny import tiny_recipe
+from torch import nn
+
+from smoe_train import assembly
+from smoe_train.checkpoint.model_state import _expert_name, _parameters
+from smoe_train.data import prepare
+from smoe_train.data.loader import TrainBatches
+from smoe_train.model import RankReduction
+from smoe_train.recipe import Recipe
+from smoe_train.training.engine import Engine, LocalEngine
+from smoe_train.training.objectives import language_modelling
+from smoe_train.training.optimizer import parameter_groups
+
+STEPS = 4
+RATE = 0.1
+
+
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.0, weight_decay=0.0)
+
+
+def train(recipe: Recipe, bias: float = 0.0) -> dict[str, Any]:
+    """Takes a few SGD steps; returns global losses, gradient norms and this rank's weights by topology-free name."""
+    process = assembly.start_process(recipe)
+    tokens = prepare(recipe.data, recipe.tokenizer)
+    training = recipe.training
+    batches = TrainBatches(
+        tokens.tokens("train"),
+        training.sequence_length,
+        training.global_batch_size,
+        training.micro_batch_size,
+        recipe.seed,
+        process.rank,
+        process.world_size,
+    )
+    model = assembly.build_model(recipe, 256, assembly.expert_banks(recipe, process))
+    model.model.ranks = RankReduction(process.sum, process.world_size)
+    model.recompute_activations(training.activation_checkpointing)
+    if bias:
+        for router in model.routers().values():
+            with torch.no_grad():
+                router.bias[0] += bias  # type: ignore[index, operator, union-attr]
+    engine = build_engine(recipe, model, process, batches.accumulation_steps)
+    losses, norms = [], []
+    for step in range(STEPS):
+        total = torch.zeros(2)
+        for batch in batches[step]:
+            objective = language_modelling(engine, batch, recipe.schedule().knobs(step), model.config)
+            engine.backward(objective.total)
+            balance = objective.output.router_losses["load_balance_loss"]
+            total += torch.stack([objective.task, balance.detach()]) / batches.accumulation_steps
+        engine.step(RATE)
+        losses.append((process.sum(total) / process.world_size).tolist())
+        norms.append(float(engine.gradient_norm))
+    weights = {}
+    for name, parameter, owner in _parameters(model):
+        value = engine.read_state(parameter)["weight"]
+        if owner is None:
+            weights[name] = value
+        else:
+            weights |= {_expert_name(name, i): one for i, one in zip(owner.expert_ids, value, strict=True)}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def build_engine(recipe: Recipe, model: nn.Module, process: Any, accumulation_steps: int) -> Engine:
+    groups = parameter_groups(model, recipe.optimizer)
+    for group in groups:
+        group["weight_decay"] = 0.0
+    clip = recipe.training.gradient_clipping
+    if recipe.parallel.engine == "local":
+        return LocalEngine(model, groups, sgd, accumulation_steps, clip)
+    from smoe_train.parallel.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model, groups, sgd, recipe.parallel, process, recipe.training.micro_batch_size, accumulation_steps, clip
+    )
+
+
+def recipe_for(text: Path, world_size: int, parallel: dict[str, Any], **sections: Any) -> Recipe:
+    """Returns a recipe whose micro-batches make one global batch without accumulation unless told otherwise."""
+    training = {"micro_batch_size": 8 // world_size, "gradient_clipping": None, **sections.pop("training", {})}
+    return tiny_recipe(text, world_size, parallel=parallel, training=training, **sections)
+
+
+@pytest.fixture(scope="module")
+def reference(text: Path) -> Any:
+    """Reference results by the settings that change them."""
+    results: dict[str, dict[str, Any]] = {}
+
+    def result(**sections: Any) -> dict[str, Any]:
+        key = repr(sections)
+        if key not in results:
+            bias = sections.pop("bias", 0.0)
+            results[key] = train(recipe_for(text, 1, {"engine": "local"}, **sections), bias)
+        return results[key]
+
+    return result
+
+
+def assert_equal_runs(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float = 5e-6) -> None:
+    weights: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        torch.testing.assert_close(rank["losses"], expected["losses"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(rank["norms"], expected["norms"], rtol=1e-4, atol=1e-6)
+        for name, value in rank["weights"].items():
+            if name in weights:
+                assert torch.equal(weights[name], value), f"{name} differs between ranks that hold it"
+            weights[name] = value
+    assert weights.keys() == expected["weights"].keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(
+            value, expected["weights"][name], rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+TOPOLOGIES = [
+    (1, 1, 0),
+    (1, 1, 1),
+    (2, 1, 1),
+    (2, 2, 0),
+    (2, 2, 1),
+    (2, 2, 2),
+    (4, 2, 0),
+    (4, 2, 1),
+    (4, 2, 2),
+    (4, 4, 1),
+    (4, 4, 2),
+]
+
+
+@pytest.mark.parametrize(("world_size", "size", "zero"), TOPOLOGIES)
+def test_losses_and_gradients_equal_one_process(
+    text: Path, reference: Any, world_size: int, size: int, zero: int
+) -> None:
+    recipe = recipe_for(text, world_size, {"expert_parallel_size": size, "zero_stage": zero})
+    ranks = run_ranks(world_size, train, recipe)
+    assert_equal_runs(ranks, reference())
+
+
+@pytest.mark.parametrize(("world_size", "size", "zero"), [(2, 2, 0), (2, 2, 1), (4, 2, 2), (4, 4, 0)])
+def test_clipping_uses_the_norm_over_all_experts(
+    text: Path, reference: Any, world_size: int, size: int, zero: int
+) -> None:
+    training = {"gradient_clipping": 0.05}
+    recipe = recipe_for(text, world_size, {"expert_parallel_size": size, "zero_stage": zero}, training=training)
+    expected = reference(training=training)
+    assert min(expected["norms"]) > 0.05  # clipping is active
+    assert_equal_runs(run_ranks(world_size, train, recipe), expected)
+
+
+@pytest.mark.parametrize(("world_size", "size", "zero"), [(1, 1, 1), (2, 2, 0), (2, 2, 1), (2, 2, 2)])
+def test_accumulation_equals_the_reference_with_the_same_micro_batches(
+    text: Path, reference: Any, world_size: int, size: int, zero: int
+) -> None:
+    """With router losses off (their statistics are those of a micro-batch), accumulation is one big batch."""
+    moe = {"model": {"moe": {"load_balance_coefficient": 0.0}}}
+    parallel = {"expert_parallel_size": size, "zero_stage": zero}
+    recipe = recipe_for(text, world_size, parallel, training={"micro_batch_size": 4 // world_size}, **moe)
+    ranks = run_ranks(world_size, train, recipe)
+    expected = reference(**moe)
+    for rank in ranks:  # the balance loss of two halves is not that of the whole, and is not trained on here
+        rank["losses"] = [
+            [task, balance[1]] for (task, _), balance in zip(rank["losses"], expected["losses"], strict=True)
+        ]
+    assert_equal_runs(ranks, expected)
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 4), (4, 2)])
+def test_one_expert_gets_every_token(text: Path, reference: Any, world_size: int, size: int) -> None:
+    """Ranks that receive no token, and send none to most ranks, neither hang nor disturb anything."""
+    moe = {"model": {"moe": {"top_k": 1, "router": {"type": "top_k", "softmax": "before_top_k", "bias": True}}}}
+    recipe = recipe_for(text, world_size, {"expert_parallel_size": size}, **moe)
+    expected = reference(bias=50.0, **moe)
+    assert_equal_runs(run_ranks(world_size, train, recipe, 50.0), expected)
+    initial = assembly.build_model(recipe, 256).state_dict()["model.layers.0.moe.bank.experts.w_in"]
+    after = [expected["weights"][f"model.layers.0.moe.bank.experts.{i}.w_in"] for i in range(8)]
+    assert [torch.equal(new, old) for new, old in zip(after, initial, strict=True)] == [False] + [True] * 7
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 4)])
+def test_jitter_and_the_k_schedule_do_not_depend_on_the_topology(
+    text: Path, reference: Any, world_size: int, size: int
+) -> None:
+    sections = {
+        "model": {"moe": {"router": {"type": "top_k", "jitter": 0.3}, "z_loss_coefficient": 0.01}},
+        "curriculum": {"top_k": {"form": "linear_increase", "low": 2, "high": 6, "steps": 4}},
+    }
+    recipe = recipe_for(text, world_size, {"expert_parallel_size": size}, **sections)
+    assert_equal_runs(run_ranks(world_size, train, recipe), reference(**sections))
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "relu"])
+def test_other_experts(text: Path, reference: Any, kind: str) -> None:
+    sections = {"model": {"feed_forward": kind, "moe": {"layers": [1]}}}
+    recipe = recipe_for(text, 2, {"expert_parallel_size": 2}, **sections)
+    assert_equal_runs(run_ranks(2, train, recipe), reference(**sections))
+
+
+def test_activation_checkpointing_changes_no_bit(text: Path) -> None:
+    """The recomputed experts see the routing of the forward pass, and the collectives of the backward stay in step."""
+    runs = [
+        run_ranks(
+            2, train, recipe_for(text, 2, {"expert_parallel_size": 2}, training={"activation_checkpointing": enabled})
+        )
+        for enabled in (False, True)
+    ]
+    assert runs[0][0]["losses"] == runs[1][0]["losses"]
+    for before, after in zip(*runs, strict=True):
+        assert all(torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"])
+
+
+@pytest.mark.parametrize(("world_size", "size", "zero"), [(1, 1, 1), (2, 2, 1), (2, 2, 2), (4, 2, 1)])
+def test_bf16_is_near_fp32(text: Path, reference: Any, world_size: int, size: int, zero: int) -> None:
+    """bf16 keeps 8 bits: the first losses agree to about 1e-2, and expert weights still move."""
+    parallel = {"expert_parallel_size": size, "zero_stage": zero, "precision": "bf16"}
+    ranks = run_ranks(world_size, train, recipe_for(text, world_size, parallel))
+    expected = reference()
+    for rank in ranks:
+        torch.testing.assert_close(
+            [loss for loss, _ in rank["losses"]], [loss for loss, _ in expected["losses"]], rtol=0.0, atol=2e-2
+        )
+        for name, value in rank["weights"].items():
+            torch.testing.assert_close(value, expected["weights"][name], rtol=0.1, atol=5e-3)
+
+
+def unequal_evaluation(recipe: Recipe) -> list[dict[str, float | int]]:
+    from smoe_train.data.loader import EvaluationBatches
+    from smoe_train.evaluation import evaluate_language_model
+
+    process = assembly.start_process(recipe)
+    tokens = prepare(recipe.data, recipe.tokenizer)
+    model = assembly.build_model(recipe, 256, assembly.expert_banks(recipe, process))
+    for module in model.modules():
+        if hasattr(module, "set_deepspeed_parallelism"):
+            module.set_deepspeed_parallelism()
+    model.model.ranks = RankReduction(process.sum, process.world_size)
+    # 5 blocks and a rest: the ranks have different numbers of real rows, and some batches are padding alone.
+    batches = EvaluationBatches(tokens.tokens("valid"), 16, 1, process.rank, process.world_size, max_tokens=85)
+    scores = evaluate_language_model(model, batches, (1, 2, 8), 1.0, 0, process.device, process.sum)
+    return [score.to_json() for score in scores]
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 4), (4, 1)])
+def test_evaluation_in_lockstep_equals_one_process(text: Path, world_size: int, size: int) -> None:
+    expected = unequal_evaluation(recipe_for(text, 1, {"engine": "local"}))
+    assert [score["tokens"] for score in expected] == [85, 85, 85]
+    for scores in run_ranks(
+        world_size, unequal_evaluation, recipe_for(text, world_size, {"expert_parallel_size": size})
+    ):
+        for score, one in zip(scores, expected, strict=True):
+            assert score == pytest.approx(one, rel=1e-5)
+
+
+def failing(rank_that_fails: int) -> None:
+    import os
+
+    assembly.start_process(tiny_recipe(Path("unused"), 2, parallel={"expert_parallel_size": 2})).barrier()
+    if int(os.environ["RANK"]) == rank_that_fails:
+        raise ValueError("on purpose")
+    partial(torch.distributed.barrier)()
+
+
+def test_the_harness_reports_the_failing_rank() -> None:
+    with pytest.raises(AssertionError, match=r"rank 1 failed[\s\S]*ValueError: on purpose"):
+        run_ranks(2, failing, 1)
