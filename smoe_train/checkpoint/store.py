@@ -253,6 +253,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: There is none.
         """
+        if which not in ("latest", "best"):
+            raise CheckpointError(f"{self.folder}: {which!r} names no checkpoint; say latest or best, or give its path")
         complete = self.complete()
         path = self._pointed(which) if which == "best" else next(iter(complete), None)
         if path is None or path not in complete:

@@ -24,7 +24,7 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's short name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value]...", help="Override settings.")]
-NumProcesses = Annotated[int | None, typer.Option("--nproc", help="Worker processes; all hosts together.")]
+NumProcesses = Annotated[int | None, typer.Option("--nproc", min=1, help="Worker processes; all hosts together.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder of run folders.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")]
@@ -69,7 +69,7 @@ def evaluate(
     top_k: Annotated[str, typer.Option("--top-k", help="Experts a token, e.g. 1,2,4; the recipe's if empty.")] = "",
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "valid",
     which: Which = "latest",
-    max_tokens: Annotated[int | None, typer.Option(help="Evaluate only the first so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first so many tokens.")] = None,
     nproc: NumProcesses = None,
     json: AsJson = False,
 ) -> None:

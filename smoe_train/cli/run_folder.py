@@ -53,25 +53,32 @@ def create(run_folder: Path, recipe: Recipe, resume: str) -> None:
         write_text_durably(temporary, recipe.to_yaml())
         temporary.replace(run_folder / RECIPE)
     except OSError as error:
-        raise LaunchError(f"{run_folder}: cannot be written: {error.strerror}; choose another --output-dir") from error
+        raise _not_writable(run_folder, error) from error
 
 
 @contextmanager
 def held(run_folder: Path) -> Iterator[None]:
-    """Keeps other commands from writing to a run; the kernel frees the lock if this process dies.
+    """Keeps other commands from writing to a run, whose folder is created; the kernel frees the lock of the dead.
 
     Raises:
-        LaunchError: Another command holds it.
+        LaunchError: Another command holds it, or it cannot be written.
     """
     lock = FileLock(run_folder / LOCK)
     try:
+        run_folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise LaunchError(f"{run_folder}: another command is training in this folder; wait for it or stop it") from None
+    except OSError as error:
+        raise _not_writable(run_folder, error) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _not_writable(run_folder: Path, error: OSError) -> LaunchError:
+    return LaunchError(f"{run_folder}: cannot be written: {error.strerror}; choose another --output-dir")
 
 
 def open_run(run_or_checkpoint: Path, which: str) -> tuple[Path, Recipe, Checkpoint]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smoe_train.cli.launch import LaunchPlan, already_launched, build_command, plan_launch, run_workers
 from smoe_train.cli.launch import worker_environment as environment_of_workers
 from smoe_train.cli.run_folder import LOGS, RECIPE, create, held, store_of
 from smoe_train.errors import CheckpointError
 from smoe_train.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from smoe_train.checkpoint import Checkpoint
+    from smoe_train.data import TokenStore
 
 WORKER = "smoe_train.cli.worker"
 
@@ -74,10 +80,9 @@ def train(options: TrainOptions) -> int:
     plan = options.plan()
     recipe = load_recipe(options.recipe, options.overrides, plan.nproc)
     run_folder = options.output_dir / recipe.name
-    _check_resume(run_folder, options.resume)
-    _prepare_data(recipe)
-    create(run_folder, recipe, options.resume)
+    _check_start(recipe, run_folder, options.resume)
     with held(run_folder):
+        create(run_folder, recipe, options.resume)
         print(f"run {run_folder}: {plan.nproc} process{'es' if plan.nproc > 1 else ''}", file=sys.stderr)
         if plan.launcher == "in_process":
             return _train_here(run_folder, options.resume)
@@ -114,8 +119,7 @@ def _train_as_worker(options: TrainOptions) -> int:
     def work() -> None:
         process = start_process(recipe)
         if process.is_first:
-            _check_resume(run_folder, options.resume)
-            _prepare_data(recipe)
+            _check_start(recipe, run_folder, options.resume)
             create(run_folder, recipe, options.resume)
         process.barrier()
         train_worker(run_folder, options.resume, stop)
@@ -123,25 +127,43 @@ def _train_as_worker(options: TrainOptions) -> int:
     return exit_code_of(work, run_folder / LOGS)
 
 
-def _check_resume(run_folder: Path, resume: str) -> None:
-    """Refuses what cannot be resumed before anything is written."""
-    if resume not in ("auto", "never"):
-        from smoe_train.checkpoint import Checkpoint
+def _check_start(recipe: Recipe, run_folder: Path, resume: str) -> None:
+    """Reads the data, and refuses what cannot be resumed, before anything is written to the run folder."""
+    checkpoint = _starting_point(run_folder, resume)
+    tokens = _prepare_data(recipe)
+    if checkpoint is not None:
+        from smoe_train.assembly import check_identity, identity
 
-        Checkpoint.open(Path(resume)).verify()
-    elif resume == "auto" and (run_folder / RECIPE).is_file() and store_of(run_folder).folder.is_dir():
-        leftovers = [path.name for path in store_of(run_folder).folder.iterdir() if path.name.startswith("step-")]
-        if leftovers and not store_of(run_folder).complete():
-            raise CheckpointError(
-                f"{run_folder}: has checkpoints but none is complete ({', '.join(sorted(leftovers))}); "
-                "remove them to start again"
-            )
+        check_identity(identity(recipe, tokens), checkpoint)
 
 
-def _prepare_data(recipe: Recipe) -> None:
+def _starting_point(run_folder: Path, resume: str) -> Checkpoint | None:
+    """Returns a checkpoint of the run that shall go on, or None to start anew; workers verify and choose again."""
+    if resume == "never" or (resume == "auto" and not (run_folder / RECIPE).is_file()):
+        return None
+    from smoe_train.checkpoint import Checkpoint
+
+    if resume != "auto":
+        checkpoint = Checkpoint.open(Path(resume))
+        checkpoint.verify()
+        return checkpoint
+    store = store_of(run_folder)
+    for path in store.complete():
+        with contextlib.suppress(CheckpointError):
+            return Checkpoint.open(path)
+    leftovers = sorted(path.name for path in store.folder.glob("step-*"))
+    if leftovers:
+        raise CheckpointError(
+            f"{run_folder}: has checkpoints but none is complete ({', '.join(leftovers)}); remove them to start again"
+        )
+    return None
+
+
+def _prepare_data(recipe: Recipe) -> TokenStore:
     """Reads and tokenizes the data once, here, where a mistake ends in one message."""
     from smoe_train.data import prepare
 
     tokens = prepare(recipe.data, recipe.tokenizer)
     counts = ", ".join(f"{split} {len(tokens.tokens(split)):,}" for split in tokens.splits)
     print(f"data {recipe.data.source}: tokens {counts}", file=sys.stderr)
+    return tokens

@@ -78,7 +78,7 @@ def evaluate_language_model(
     with torch.no_grad():
         for host_batch in batches:
             batch = host_batch.to(device)
-            for top_k in top_k_values:
+            for top_k in sums:
                 output = model(
                     input_ids=batch.input_ids_BS,
                     attention_mask=batch.token_mask_BS,

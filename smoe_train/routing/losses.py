@@ -32,7 +32,8 @@ def load_balance_loss(assignment: Assignment, context: Context) -> Tensor:
     factor alpha is applied by the trainer.
     """
     num_experts = assignment.logits_TE.shape[1]
-    share_E = _share(context.sum_over_ranks(slots_per_expert(assignment.expert_ids_TK, num_experts)))
+    slots_E = context.sum_over_ranks(slots_per_expert(assignment.expert_ids_TK, num_experts))
+    share_E = _share(slots_E.to(assignment.logits_TE.dtype))
     probabilities_TE = torch.softmax(assignment.logits_TE, dim=-1)
     return context.token_mean(num_experts * (probabilities_TE * share_E).sum(dim=-1))
 

@@ -88,7 +88,7 @@ class Trainer:
         """Trains to the last step and returns where training stands.
 
         Raises:
-            RunFailedError: The loss is not finite any more.
+            RunFailedError: The loss or the gradient is not finite any more.
             RunStoppedError: The run was asked to stop and has written its checkpoint.
         """
         max_steps = self.config.max_steps
@@ -149,8 +149,8 @@ class Trainer:
             )
             self.journal.routing([{"step": self.state.step, "split": "train", **record} for record in routing])
 
-    def _require_finite(self, name: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
+    def _require_finite(self, name: str, value: float | None, step: int) -> None:
+        if value is not None and not math.isfinite(value):  # DeepSpeed has no norm for a step that it skipped
             raise RunFailedError(
                 f"step {step}: the {name} is {value}; no checkpoint was written since. "
                 "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps, and resume"

@@ -17,7 +17,7 @@ import torch
 # A fork must not inherit a running thread pool, and ranks must not compete for cores.
 torch.set_num_threads(1)
 
-import deepspeed  # noqa: E402, F401
+import deepspeed  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 - ZeRO imports it late, which takes seconds
 
 from smoe_train import assembly  # noqa: E402, F401
@@ -42,7 +42,7 @@ def run_ranks(
         port = probe.getsockname()[1]
         probe.close()
         processes = [
-            context.Process(target=_rank, args=(rank, world_size, port, Path(folder), work, arguments), daemon=True)
+            context.Process(target=_rank, args=(rank, world_size, port, Path(folder), work, arguments))
             for rank in range(world_size)
         ]
         for process in processes:

@@ -8,18 +8,16 @@ from typing import Any
 from smoe_train.config import Layered, merge
 from smoe_train.recipe import Recipe, check_recipe
 
-WORDS = (
-    "router expert token gate layer batch step loss norm rank shard group send merge plan sort score weight bank seed "
-    "a the of and to in is that for on with as by from at it not or be are"
-).split()
+WORDS = "router expert token gate layer batch step loss norm rank shard send merge plan sort score the of and to in is"
 
 
 def write_text(path: Path, num_words: int = 6000) -> Path:
     """Writes words in an order that is neither constant nor random, so that there is something to learn."""
+    choices = WORDS.split()
     state, words = 12345, []
     for _ in range(num_words):
         state = (1103515245 * state + 12345) % 2**31
-        words.append(WORDS[(state >> 16) % len(WORDS)])
+        words.append(choices[(state >> 16) % len(choices)])
     path.write_text(" ".join(words), encoding="utf-8")
     return path
 

@@ -1,0 +1,129 @@
+"""Every registered router in its default configuration and in the variants that its options offer, at a small size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smoe_train.model.expert_bank import LocalExpertBank
+from smoe_train.model.feed_forward import StackedExperts
+from smoe_train.model.initialise import KeyedDraw
+from smoe_train.model.moe import MoeLayer
+from smoe_train.routing import ROUTERS, Context, Router, RouterConfig, RouterShape
+
+D_MODEL, NUM_EXPERTS, D_FF, TOP_K = 16, 8, 12, 2
+
+# Option -> values other than the default; a policy gets those that its configuration has.
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "softmax": ("before_top_k", "before_top_k_renormalised"),
+    "jitter": (0.3,),
+    "bias": (True,),
+    "generated_bias": (False,),
+    "hypernet_scope": ("model",),
+    "hyper_dim": (5,),
+    "target_router_std": (0.1,),
+}
+
+
+@dataclass(frozen=True)
+class RouterCase:
+    """A policy and how its options differ from the defaults."""
+
+    name: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.changes)])
+
+    @property
+    def options(self) -> RouterConfig:
+        return ROUTERS.get(self.name).config(type=self.name, **dict(self.changes))
+
+    def with_options(self, **changes: Any) -> RouterCase:
+        """The same case with further options; those that the policy does not have are left out."""
+        known = ROUTERS.get(self.name).config.model_fields
+        kept = {key: value for key, value in changes.items() if key in known}
+        return replace(self, changes=tuple({**dict(self.changes), **kept}.items()))
+
+    def routers(self, seed: int = 0, d_model: int = D_MODEL, num_experts: int = NUM_EXPERTS) -> nn.ModuleList:
+        """Two layers' routers with initial values."""
+        return initialised(self.options, seed, d_model, num_experts)
+
+    def layer(self, kind: str = "relu", seed: int = 0, num_experts: int = NUM_EXPERTS, d_ff: int = D_FF) -> MoeLayer:
+        """An MoE layer with experts in this process; its values are large enough for routing to matter."""
+        routers = self.routers(seed, num_experts=num_experts)
+
+        def make(ids: range) -> StackedExperts:
+            return StackedExperts(ids, D_MODEL, d_ff, kind, 0.5, 0.5)
+
+        layer = MoeLayer(routers[0], LocalExpertBank(num_experts, make))
+        layer.bank.experts.initialise(KeyedDraw(seed, "experts"))
+        with torch.no_grad():
+            for name, parameter in layer.bank.experts.named_parameters():
+                if name.startswith("b_"):
+                    parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view(parameter.shape))
+        return layer
+
+
+def initialised(options: RouterConfig, seed: int, d_model: int, num_experts: int, num_layers: int = 2) -> nn.ModuleList:
+    """The routers of a model, initialised; a policy whose defaults do not run at this size fails here, by name."""
+    policy = ROUTERS.get(options.type).router
+    try:
+        routers = policy.build(options, RouterShape(d_model, num_experts), num_layers)
+        for layer, router in enumerate(routers):
+            router.initialise(KeyedDraw(seed, f"layers.{layer}.moe.router"))
+    except Exception as error:
+        pytest.fail(
+            f"router {options.type!r} cannot be built at the conformance suite's size (d_model {d_model}, "
+            f"{num_experts} experts) with {options}: {error!r}. Make its defaults fit small models."
+        )
+    return nn.ModuleList(routers)
+
+
+def all_cases() -> list[RouterCase]:
+    """Every policy, default first."""
+    cases = []
+    for name, entry in ROUTERS.items():
+        cases.append(RouterCase(name))
+        for option, values in VARIANTS.items():
+            if option in entry.config.model_fields:
+                cases += [RouterCase(name, ((option, value),)) for value in values]
+    return cases
+
+
+CASES = all_cases()
+every_router = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def tokens(count: int = 23, seed: int = 0, scale: float = 8.0, d_model: int = D_MODEL) -> Tensor:
+    """Tokens whose routers' scores differ clearly."""
+    return scale * torch.randn(count, d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def token_ids(count: int) -> Tensor:
+    """Vocabulary ids of the same tokens."""
+    return torch.arange(count) % 7
+
+
+def context(top_k: int = TOP_K, training: bool = True, **changes: Any) -> Context:
+    """A training pass of step 3 in layer 0."""
+    return Context(**{"step": 3, "layer": 0, "top_k": top_k, "training": training, "seed": 5, **changes})
+
+
+def assign(router: Router, x_TD: Tensor, ctx: Context) -> Any:
+    """Assigns tokens with their usual vocabulary ids."""
+    return router.assign(x_TD, token_ids(len(x_TD)), ctx)
+
+
+def run(layer: MoeLayer, x_TD: Tensor, ctx: Context) -> Any:
+    """Runs a layer on tokens with their usual vocabulary ids."""
+    return layer(x_TD, token_ids(len(x_TD)), ctx)
+
+
+def simplex(router: Router) -> bool:
+    """Whether the policy promises weights that sum to 1."""
+    return getattr(router.config, "softmax", None) in ("after_top_k", "before_top_k_renormalised")
