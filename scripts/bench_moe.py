@@ -1,10 +1,11 @@
 """Times one mixture-of-experts layer, forward and backward, beside what it competes with, in one process.
 
-Rows: this package's layer (router, local expert bank, merge), a dense feed-forward network of equal active FLOPs, a loop
-over a ModuleList of experts, and DeepSpeed's own MoE layer without dropping. The layers hold the same weights and are
-compared before anything is timed. Rounds are interleaved and their order rotates, so that a busy machine disturbs all
-rows alike; each ratio is the median over rounds of the ratio within a round. The default clock is CPU time, which other
-programs disturb least. Figures describe this layer on this machine: no optimizer, no communication, random tokens.
+Rows: this package's layer (router, local expert bank, merge), a dense feed-forward network of equal active FLOPs, a
+loop over a ModuleList of experts, and DeepSpeed's own MoE layer without dropping. The three mixtures hold the same
+weights, and their outputs are compared before anything is timed. Rounds are interleaved and their order rotates, so
+that a busy machine disturbs all rows alike; each ratio is the median over rounds of the ratio within a round. The
+default clock is CPU time, which other programs disturb least. Figures describe this layer on this machine, and nothing
+around it: no optimizer, no communication, random tokens, a router that is not trained and therefore nearly balanced.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def build_layers(options: argparse.Namespace) -> dict[str, nn.Module]:
         with torch.no_grad():
             for name, value in stacked.named_parameters():
                 linear = getattr(expert, f"w_{name[2:]}")
-                (linear.bias if name.startswith("b_") else linear.weight).copy_(value[index].T)
+                (linear.bias if name.startswith("b_") else linear.weight).copy_(value[index].t())
         return expert
 
     ours = Ours()
@@ -267,7 +268,10 @@ def show(result: dict[str, Any]) -> None:
     settings = result["settings"]
     console = Console()
     shape = ", ".join(f"{key} {settings[key]}" for key in ("tokens", "d_model", "d_ff", "experts", "top_k"))
-    console.print(f"{shape}, {settings['feed_forward']}; {settings['threads']} thread(s), {settings['clock']} time")
+    console.print(
+        f"{shape}, {settings['feed_forward']}; {settings['threads']} thread(s), {settings['clock']} time",
+        soft_wrap=True,
+    )
     table = Table("layer", "precision", "ms, median", "spread", "speed of dense")
     for row in result["rows"]:
         cells = (f"{row['median_ms']:.1f}", f"{row['spread']:.0%}", f"{row['speed_of_dense']:.2f}")

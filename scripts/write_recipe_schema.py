@@ -85,7 +85,7 @@ def _table(properties: Schema, required: Collection[str], defaults: Mapping[str,
         defaults: What to say where the default is not the model's but the reader's of the file.
     """
     rows = ["| key | type | default | |", "|---|---|---|---|"]
-    said = {key: "required" for key in required} | dict(defaults or {})
+    said = dict.fromkeys(required, "required") | dict(defaults or {})
     for key, item in properties.items():
         default = said.get(key, f"`{_yaml(item.get('default'))}`")
         rows.append(f"| `{key}` | {_type(item)} | {default} | {_text(item)} |")

@@ -181,6 +181,8 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode | None):  # OmegaConf would take a lone word for a key
+            raise RecipeError([Problem(str(path), "", "expected a YAML mapping of keys to values")])
         loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=True) if root is not None else {}
     except OSError as error:
         raise RecipeError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from error
@@ -195,12 +197,7 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, str]]:
         raise RecipeError([Problem(str(path), "", "is nested too deeply to be a recipe")]) from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise RecipeError([Problem(str(path), "", f"is not valid YAML: {_first_line(error)}")]) from error
-    # OmegaConf reads a lone word as a key without a value.
-    if (
-        not isinstance(root, yaml.MappingNode | None)
-        or not isinstance(loaded, dict)
-        or not all(isinstance(key, str) for key in loaded)
-    ):
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise RecipeError([Problem(str(path), "", "expected a YAML mapping of keys to values")])
     return typing.cast(Tree, loaded), {key: f"{path}:{line}" for key, line in _lines(root, "")}
 
@@ -253,8 +250,6 @@ def _key_path(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         chosen = next(iter(members.values())) if len(members) == 1 else current
         fields = getattr(chosen, "model_fields", {})
         current = fields[part].annotation if part in fields else None
-    while keys and keys[-1].isdigit():  # an item of a list: name the list
-        keys.pop()
     return keys
 
 

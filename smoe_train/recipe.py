@@ -123,7 +123,8 @@ def cross_check(recipe: Recipe, world_size: int | None) -> list[tuple[str, str, 
     found: list[tuple[str, str, tuple[str, ...]]] = []
     training, model = recipe.training, recipe.model
     shape_keys = ("model.d_model", "model.num_heads", "model.num_layers", "model.moe", "curriculum")
-    k_values = recipe.schedule().top_k_values()
+    # A schedule that goes beyond the number of experts is reported once, where it is written.
+    k_values = frozenset(k for k in recipe.schedule().top_k_values() if k <= model.moe.num_experts)
     found += [(f"model.{key}", message, shape_keys) for key, message in model.problems(k_values)]
     longest = model.max_sequence_length
     if longest is not None and longest < training.sequence_length:
@@ -156,7 +157,7 @@ def _topology_checks(recipe: Recipe, world_size: int) -> list[tuple[str, str, tu
     num_experts = recipe.model.moe.num_experts
     problem = topology_problem(world_size, parallel.expert_parallel_size, num_experts)
     if problem is not None and recipe.model.moe_layers():
-        found.append(("parallel.expert_parallel_size", problem, ("model.moe.num_experts",)))
+        found.append(("parallel.expert_parallel_size", problem, ("model.moe.num_experts", "model.moe.layers")))
     elif not recipe.model.moe_layers() and parallel.expert_parallel_size > 1:
         found.append(("parallel.expert_parallel_size", "has no effect: the model has no MoE layer", ("model.moe",)))
     found += [(f"parallel.{key}", message, ("parallel",)) for key, message in parallel_problems(parallel, world_size)]

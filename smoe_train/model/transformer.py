@@ -270,6 +270,7 @@ class SmoeForCausalLM(SmoePreTrainedModel, GenerationMixin):  # type: ignore[mis
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
+        knobs: Knobs | None = None,
         **arguments: Any,
     ) -> SmoeOutput:
         """Returns logits and, with labels, the loss.
@@ -280,9 +281,10 @@ class SmoeForCausalLM(SmoePreTrainedModel, GenerationMixin):  # type: ignore[mis
             labels: int64 [B, S] as transformers has them: labels[b, s] is compared with the prediction made at
                 s - 1; -100 is ignored. The loss then includes the weighted router losses.
             logits_to_keep: Only the last positions' logits, or all if 0.
+            knobs: What the step is run with; named here because ``generate`` passes on only what it finds named.
             arguments: See `SmoeModel.forward`.
         """
-        output: SmoeOutput = self.model(input_ids, attention_mask, **arguments)
+        output: SmoeOutput = self.model(input_ids, attention_mask, knobs=knobs, **arguments)
         hidden_BSD = output.last_hidden_state
         assert hidden_BSD is not None
         output.logits = self.lm_head(hidden_BSD[:, -logits_to_keep:] if logits_to_keep else hidden_BSD)

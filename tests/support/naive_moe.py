@@ -27,7 +27,7 @@ class NaiveResult:
 
 def softmax(scores: Sequence[Tensor]) -> list[Tensor]:
     """exp(s_i) / sum_j exp(s_j)."""
-    top = max(float(score) for score in scores)
+    top = max(score.item() for score in scores)
     powers = [torch.exp(score - top) for score in scores]
     total = sum(powers[1:], powers[0])
     return [power / total for power in powers]
@@ -35,7 +35,7 @@ def softmax(scores: Sequence[Tensor]) -> list[Tensor]:
 
 def best_experts(scores: Sequence[Tensor], top_k: int) -> list[int]:
     """The ids of the highest scores, best first; the lower id wins a tie."""
-    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:top_k]
+    return sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))[:top_k]
 
 
 def feed_forward(x_D: Tensor, expert: int, weights: Mapping[str, Tensor], kind: str) -> Tensor:
@@ -101,7 +101,7 @@ def naive_moe(
                 y_D = y_D + weight * feed_forward(x_D, i, experts, kind)
                 counts[i] += 1
             probability = [p + q for p, q in zip(probability, softmax(scores), strict=True)]
-            top = max(float(score) for score in scores)
+            top = max(score.item() for score in scores)
             squares = squares + (top + torch.log(sum(torch.exp(score - top) for score in scores))) ** 2
         out.append(y_D)
         all_ids.append(ids)
@@ -120,7 +120,7 @@ def naive_hyper_router(
         for row, b in zip(net["hidden_weight"], net["hidden_bias"], strict=True)
     ]
     theta = [
-        sum(w * h for w, h in zip(row, hidden, strict=True)) + b
+        sum(row[i] * hidden[i] for i in range(len(hidden))) + b
         for row, b in zip(net["output_weight"], net["output_bias"], strict=True)
     ]
     width = d_model + 1 if bias else d_model

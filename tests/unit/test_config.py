@@ -81,9 +81,7 @@ def test_every_mistake_is_reported_with_file_line_and_key(tmp_path):
 
 def test_an_unknown_key_names_the_nearest_and_all_others(tmp_path):
     found = problems_of(read(tmp_path, "version: 1\ninner: {coutn: 5, shape: {type: square, sied: 2}}"))
-    assert found["inner.coutn"].message == (
-        "unknown key; did you mean 'count'? allowed: count, numbers, rate, shape"
-    )
+    assert found["inner.coutn"].message == ("unknown key; did you mean 'count'? allowed: count, numbers, rate, shape")
     assert found["inner.shape.sied"].message == "unknown key; did you mean 'side'? allowed: corners, side, type"
 
 
@@ -94,9 +92,10 @@ def test_an_unknown_tag_names_the_choices(tmp_path):
 
 
 def test_a_missing_tag_is_said_to_be_missing(tmp_path):
-    assert "the key type is missing" in problems_of(read(tmp_path, "version: 1\ninner: {shape: {side: 2}}"))[
-        "inner.shape"
-    ].message
+    assert (
+        "the key 'type' is missing"
+        in problems_of(read(tmp_path, "version: 1\ninner: {shape: {side: 2}}"))["inner.shape"].message
+    )
 
 
 def test_alternatives_of_one_value_are_one_problem(tmp_path):
@@ -139,7 +138,6 @@ def test_without_what_is_required_there_is_no_model(tmp_path):
         ("name: 5", "name"),
         ("name: null", "name"),
         ("version: 2", "version"),
-        ("version: true", "version"),
     ],
 )
 def test_values_are_never_converted(tmp_path, text, key):

@@ -1,0 +1,466 @@
+"""The recipe: shipped files, contradictions between settings, the published schema, and no raw error ever."""
+
+import copy
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from smoe_train.config import Layered, merge
+from smoe_train.errors import RecipeError
+from smoe_train.recipe import Recipe, check_recipe, find_recipe, json_schema, load_recipe, shipped_recipes
+
+SHIPPED = sorted(shipped_recipes())
+
+
+def recipe(world_size=None, **sections):
+    return check_recipe(Layered(merge({"version": 1}, sections)), "run", world_size)
+
+
+def problems(world_size=None, **sections):
+    try:
+        recipe(world_size, **sections)
+    except RecipeError as error:
+        return {problem.key: problem.message for problem in error.problems}
+    return {}
+
+
+def write(tmp_path, text, name="r.yaml"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_survives_being_resolved(name, tmp_path):
+    loaded = load_recipe(name)
+    again = load_recipe(write(tmp_path, loaded.to_yaml()))
+    assert again == loaded
+    assert again.to_yaml() == loaded.to_yaml()
+    assert again.identity() == loaded.identity()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_says_what_it_is_for(name):
+    assert load_recipe(name).description
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=20), st.sampled_from(["1e5", "0x1", "null"]))
+def test_texts_survive_being_resolved(tmp_path_factory, description, name):
+    before = recipe(description=description, name=name)
+    assert load_recipe(write(tmp_path_factory.mktemp("r"), before.to_yaml())) == before
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "3", "no", "null", "~", "${seed}", "a: b", "# x", "'", '"', "???", "2020-01-01"]
+)
+def test_texts_that_look_like_something_else_stay_texts(tmp_path, text):
+    before = recipe(description=text)
+    assert load_recipe(write(tmp_path, before.to_yaml())).description == text
+
+
+def test_a_run_is_named_after_its_file_unless_it_says_otherwise(tmp_path):
+    path = write(tmp_path, "version: 1\n", "my-run.yaml")
+    assert load_recipe(path).name == "my-run"
+    assert load_recipe(path, ["name=other"]).name == "other"
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "", "-x", ".x", "a" * 101, "a b", "x\n", "ä"])
+def test_a_name_cannot_leave_its_folder(name):
+    assert "name" in problems(name=name)
+
+
+def test_mistakes_of_every_kind_are_reported_together(tmp_path):
+    path = write(
+        tmp_path,
+        "version: 1\n"
+        "training:\n"
+        "  max_step: 10\n"  # a typo
+        "learning_rate:\n"
+        "  peak: fast\n"  # a wrong type
+        "model:\n"
+        "  moe:\n"
+        "    num_experts: 6\n"
+        "parallel:\n"
+        "  expert_parallel_size: 4\n",  # an impossible topology
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["training.global_batch_size=10"], world_size=4)
+    found = {(problem.where.removeprefix(f"{path}:"), problem.key) for problem in caught.value.problems}
+    assert found == {
+        ("3", "training.max_step"),
+        ("5", "learning_rate.peak"),
+        ("10", "parallel.expert_parallel_size"),
+        ("command line", "training.global_batch_size"),
+    }
+    message = str(caught.value)
+    assert "did you mean 'max_steps'?" in message
+    assert "valid for 4 processes and 6 experts: 1, 2" in message
+    assert "10 is not a multiple of 32 = 4 processes x training.micro_batch_size 8" in message
+
+
+def test_the_router_of_a_parent_is_replaced_not_mixed(tmp_path):
+    write(tmp_path, "version: 1\nmodel: {moe: {router: {type: hyper_router, hyper_hidden: 8}}}\n", "parent.yaml")
+    child = write(tmp_path, "extends: parent.yaml\nmodel: {moe: {router: {type: top_k, bias: true}}}\n")
+    assert load_recipe(child).model.moe.router.model_dump(exclude_defaults=True) == {"bias": True}
+    assert load_recipe(child, ["model.moe.router.type=hyper_router"]).model.moe.router.hyper_hidden == 256
+    with pytest.raises(
+        RecipeError, match=r"command line: model\.moe\.router\.hyper_hidden: unknown key; allowed: bias"
+    ):
+        load_recipe(child, ["model.moe.router.hyper_hidden=3"])
+
+
+def test_extends_finds_neighbours_and_shipped_recipes(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "extends: demo\nseed: 5\n", "one.yaml")
+    path = write(tmp_path, "extends: ../one.yaml\nname: two\n", "sub/two.yaml")
+    loaded = load_recipe(path)
+    assert loaded.model_copy(update={"name": "demo", "seed": 1234}) == load_recipe("demo")
+    assert (loaded.name, loaded.seed) == ("two", 5)
+
+
+@pytest.mark.parametrize(
+    "name", ["nothere.yaml", "nothere", "deno", "''", "a" * 300, "a" * 300 + ".yaml", "~nobody-here/x", r'"a\0.yaml"']
+)
+def test_a_parent_that_is_missing_is_reported_where_it_is_named(tmp_path, name):
+    path = write(tmp_path, f"version: 1\nextends: {name}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.key) == (f"{path}:2", "extends")
+    if name == "deno":
+        assert "did you mean 'demo'?" in problem.message
+
+
+@pytest.mark.parametrize("name", ["nothere.yaml", "nothere", "", "a" * 5000, "~nobody-here/x", "a\0b", "/", "."])
+def test_a_recipe_that_is_missing_is_named(name):
+    with pytest.raises(RecipeError):
+        find_recipe(name)
+
+
+def test_recipes_to_be_extended_only_are_not_listed():
+    assert not [name for name in SHIPPED if name.rpartition("/")[2].startswith("_")]
+    assert "demo" in SHIPPED
+
+
+def test_the_identity_changes_with_what_a_checkpoint_cannot_outlive():
+    base = recipe()
+    same = recipe(
+        name="x", training={"max_steps": 5}, learning_rate={"peak": 0.5}, parallel={"zero_stage": 2}, optimizer={}
+    )
+    assert same.identity() == base.identity()
+    for section, change in {
+        "seed": {"seed": 1},
+        "model": {"model": {"dropout": 0.1}},
+        "training.sequence_length": {"training": {"sequence_length": 8}},
+        "training.global_batch_size": {"training": {"global_batch_size": 32}},
+    }.items():
+        changed = recipe(**change).identity()
+        assert {key for key in changed if changed[key] != base.identity()[key]} == {section}
+
+
+# Contradictions between settings
+
+
+def moe(**options):
+    return {"moe": options}
+
+
+CONTRADICTIONS = [
+    (None, {"model": moe(top_k=9)}, "model.moe.top_k", "k = 9 exceeds num_experts 8"),
+    (None, {"model": moe(layers=[0, 4])}, "model.moe.layers", "indices from 0 to 3"),
+    (None, {"model": moe(layers=[1, 1])}, "model.moe.layers", "different"),
+    (None, {"model": {"num_heads": 3}}, "model.num_heads", "3 does not divide d_model 256"),
+    (None, {"model": {"d_model": 24, "num_heads": 8}}, "model.num_heads", "even head width, not 3"),
+    (None, {"model": {"d_ff": 9}}, "model.d_ff", "no effect when every layer is MoE"),
+    (None, {"model": {"positions": "learned", "rope_theta": 5.0}}, "model.rope_theta", "no effect"),
+    (
+        None,
+        {"model": {"max_sequence_length": 8}},
+        "model.max_sequence_length",
+        "less than training.sequence_length 256",
+    ),
+    (None, {"curriculum": {"top_k": {"low": 3, "high": 2}}}, "curriculum.top_k.low", "3 exceeds high 2"),
+    (
+        None,
+        {"curriculum": {"top_k": {"low": 2, "high": 9}}},
+        "curriculum.top_k.high",
+        "exceeds model.moe.num_experts 8",
+    ),
+    (None, {"evaluation": {"top_k": [1, 9, 0]}}, "evaluation.top_k", "[9, 0] is outside 1 to num_experts 8"),
+    (
+        None,
+        {"learning_rate": {"form": "constant", "final_fraction": 0.1}},
+        "learning_rate.final_fraction",
+        "no effect with form: constant",
+    ),
+    (None, {"learning_rate": {"warmup_steps": 1000}}, "learning_rate.warmup_steps", "leaves no step"),
+    (
+        None,
+        {"model": moe(layers=[]), "curriculum": {"top_k": {"low": 1, "high": 2}}},
+        "curriculum.top_k",
+        "has no effect: the model has no MoE layer",
+    ),
+    (6, {"parallel": {"expert_parallel_size": 3}}, "parallel.expert_parallel_size", "valid for 6 processes"),
+    (2, {"parallel": {"expert_parallel_size": 4}}, "parallel.expert_parallel_size", "does not divide the 2 processes"),
+    (3, {"training": {"global_batch_size": 16}}, "training.global_batch_size", "not a multiple of 24 = 3 processes"),
+    (1, {"parallel": {"zero_stage": 3}}, "parallel.zero_stage", "use 0, 1 or 2"),
+    (1, {"parallel": {"zero_stage": 0, "precision": "bf16"}}, "parallel.precision", "use zero_stage 1"),
+    (2, {"parallel": {"engine": "local"}}, "parallel.engine", "local runs in one process, not 2"),
+    (1, {"parallel": {"engine": "local", "precision": "bf16"}}, "parallel.engine", "fp32 only"),
+    (1, {"parallel": {"engine": "local", "zero_stage": 2}}, "parallel.zero_stage", "no effect"),
+    (
+        2,
+        {"model": moe(layers=[]), "parallel": {"expert_parallel_size": 2}},
+        "parallel.expert_parallel_size",
+        "has no effect: the model has no MoE layer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("world_size", "sections", "key", "text"), CONTRADICTIONS)
+def test_a_contradiction_is_the_one_thing_reported(world_size, sections, key, text):
+    if world_size not in (None, 3):
+        sections = {"training": {"global_batch_size": 8 * world_size}, **sections}
+    found = problems(world_size, **sections)
+    assert list(found) == [key]
+    assert text in found[key]
+
+
+def test_the_default_recipe_has_no_contradiction():
+    for world_size in (None, 1, 2):
+        assert problems(world_size) == {}
+
+
+def test_topology_is_not_checked_without_a_number_of_processes():
+    assert problems(None, parallel={"expert_parallel_size": 7, "zero_stage": 3}) == {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        # In each, the default in place of the wrong value would contradict a sound one.
+        ({"model": {"d_model": "x", "num_heads": 3}}, "model.d_model"),
+        ({"model": moe(num_experts="x", top_k=64)}, "model.moe.num_experts"),
+        ({"model": moe(num_experts="x"), "evaluation": {"top_k": [32]}}, "model.moe.num_experts"),
+        ({"model": moe(num_experts="x"), "parallel": {"expert_parallel_size": 3}}, "model.moe.num_experts"),
+        ({"training": {"max_steps": "x"}, "learning_rate": {"warmup_steps": 2000}}, "training.max_steps"),
+        ({"training": {"micro_batch_size": "x", "global_batch_size": 3}}, "training.micro_batch_size"),
+        ({"training": {"sequence_length": "x"}, "model": {"max_sequence_length": 8}}, "training.sequence_length"),
+        ({"model": moe(layers="x"), "parallel": {"expert_parallel_size": 3}}, "model.moe.layers"),
+        ({"training": 3, "learning_rate": {"warmup_steps": 2000}}, "training"),
+        ({"model": None, "parallel": {"expert_parallel_size": 3}}, "model"),
+    ],
+)
+def test_no_contradiction_with_a_value_that_nobody_wrote(sections, key):
+    assert list(problems(3, **merge({"training": {"global_batch_size": 24}}, sections))) == [key]
+
+
+def test_contradictions_elsewhere_are_reported_beside_wrong_values():
+    found = problems(3, seed="x", training={"global_batch_size": 16}, data={"source": "text"})
+    assert set(found) == {"seed", "training.global_batch_size", "data.path"}
+
+
+def test_a_long_curriculum_is_checked_at_once():
+    training = {"max_steps": 10**15}
+    curriculum = {"top_k": {"form": "cosine_increase", "low": 1, "high": 9}}
+    assert "curriculum.top_k.high" in problems(training=training, curriculum=curriculum)
+    assert recipe(training=training, curriculum={"top_k": {"low": 2, "high": 6}}).schedule().top_k_values() == {
+        2, 3, 4, 5, 6
+    }  # fmt: skip
+
+
+# The published schema
+
+
+def violations(value, schema, root, path="$"):
+    """Yields what a value violates: an independent reading of the part of JSON Schema that is published."""
+    known = {
+        "$ref", "$defs", "title", "description", "default", "type", "properties", "additionalProperties", "required",
+        "enum", "const", "anyOf", "oneOf", "discriminator", "items", "minimum", "maximum", "exclusiveMinimum",
+        "exclusiveMaximum", "pattern", "format", "minItems", "maxItems",
+    }  # fmt: skip
+    assert set(schema) <= known, f"{path}: {set(schema) - known}"
+    if "$ref" in schema:
+        yield from violations(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root, path)
+    for word, good in (("anyOf", lambda n: n >= 1), ("oneOf", lambda n: n == 1)):
+        if word in schema:
+            fits = sum(not list(violations(value, branch, root, path)) for branch in schema[word])
+            if not good(fits):
+                yield f"{path}: fits {fits} branches of {word}"
+    if "const" in schema and value != schema["const"]:
+        yield f"{path}: is not {schema['const']}"
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{path}: is none of {schema['enum']}"
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    kind = schema.get("type")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "number" or kind == "integer":
+        if not number or (kind == "integer" and value != int(value)):
+            yield f"{path}: is no {kind}"
+    elif kind is not None and not isinstance(value, kinds[kind]):
+        yield f"{path}: is no {kind}"
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        for key, item in value.items():
+            if key in properties:
+                yield from violations(item, properties[key], root, f"{path}.{key}")
+            elif schema.get("additionalProperties") is False:
+                yield f"{path}.{key}: unknown"
+        yield from (f"{path}.{key}: missing" for key in schema.get("required", []) if key not in value)
+    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+        for index, item in enumerate(value):
+            yield from violations(item, schema["items"], root, f"{path}[{index}]")
+    if number:
+        bounds = {
+            "minimum": lambda bound: value >= bound,
+            "maximum": lambda bound: value <= bound,
+            "exclusiveMinimum": lambda bound: value > bound,
+            "exclusiveMaximum": lambda bound: value < bound,
+        }
+        yield from (f"{path}: {word}" for word, holds in bounds.items() if word in schema and not holds(schema[word]))
+    if isinstance(value, str) and "pattern" in schema and not re.search(schema["pattern"], value):
+        yield f"{path}: pattern"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_schema_accepts_shipped_recipes_as_written_and_as_resolved(name):
+    schema = json_schema()
+    written = OmegaConf.to_container(OmegaConf.load(find_recipe(name)))
+    assert list(violations(written, schema, schema)) == []
+    resolved = load_recipe(name).model_dump(mode="json")
+    assert list(violations(resolved, schema, schema)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"modle": {}}, "$.modle"),
+        ({"version": 2}, "$.version"),
+        ({"training": {"max_steps": 0}}, "$.training.max_steps"),
+        ({"training": {"max_steps": "3"}}, "$.training.max_steps"),
+        ({"name": "../x"}, "$.name"),
+        ({"extends": 3}, "$.extends"),
+        ({"model": {"moe": {"router": {"type": "top_q"}}}}, "$.model.moe.router"),
+        ({"model": {"moe": {"router": {"type": "top_k", "hyper_dim": 3}}}}, "$.model.moe.router"),
+        ({"data": {"source": "text"}}, "$.data"),
+        ({"curriculum": {"top_k": {"low": 1}}}, "$.curriculum.top_k"),
+    ],
+)
+def test_the_schema_refuses_what_the_recipe_refuses(change, where):
+    schema = json_schema()
+    found = list(violations({"version": 1, **change}, schema, schema))
+    assert len(found) >= 1
+    assert all(fault.startswith(where) for fault in found)
+
+
+def test_every_key_is_described_in_the_schema():
+    schema = json_schema()
+    sections = {"Recipe": schema, **schema["$defs"]}
+    tags = {"type", "source"}
+    silent = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, value in section.get("properties", {}).items()
+        # A field described with the very words of its section is not described twice.
+        if key not in tags
+        and "description" not in value
+        and "description" not in sections[value.get("$ref", "Recipe").rpartition("/")[2]]
+    ]
+    assert silent == []
+
+
+# Nothing but a RecipeError
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["top_k", "text", "hyper_router", "all", "bf16", "${seed}", "???", "\ud800", "1e5"]),
+)
+keys = st.one_of(
+    st.sampled_from(["model", "moe", "router", "type", "source", "path", "top_k", "curriculum", "training", "extends"]),
+    st.text(max_size=5),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+def paths_of(tree, prefix=()):
+    for key, value in tree.items():
+        yield (*prefix, key)
+        if isinstance(value, dict):
+            yield from paths_of(value, (*prefix, key))
+
+
+FULL = recipe(curriculum={"top_k": {"low": 2, "high": 4}}, reporting={"wandb": {}}).model_dump(mode="json")
+PATHS = sorted(paths_of(FULL))
+
+
+def replaced(tree, path, value):
+    tree = copy.deepcopy(tree)
+    block = tree
+    for key in path[:-1]:
+        if not isinstance(block.get(key), dict):
+            return tree
+        block = block[key]
+    block[path[-1]] = value
+    return tree
+
+
+def only_recipe_errors(load, *arguments):
+    problems = ()
+    try:
+        assert isinstance(load(*arguments), Recipe)
+    except RecipeError as error:
+        problems = error.problems or None
+    assert problems is not None
+    assert all(problem.where and problem.message for problem in problems)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(keys, values, max_size=5), st.sampled_from([None, 1, 4]))
+def test_random_trees_never_raise_anything_else(tree, world_size):
+    only_recipe_errors(check_recipe, Layered({"version": 1, **tree}), "run", world_size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PATHS), values), min_size=1, max_size=4), st.sampled_from([None, 1, 2, 3]))
+def test_mutated_recipes_never_raise_anything_else(mutations, world_size):
+    tree = FULL
+    for path, value in mutations:
+        tree = replaced(tree, path, value)
+    only_recipe_errors(check_recipe, Layered(tree), "run", world_size)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_mutated_files_never_raise_anything_else(tmp_path, data):
+    text = bytearray(load_recipe(data.draw(st.sampled_from(SHIPPED))).to_yaml().encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(text) - 1))
+        new = data.draw(st.one_of(st.binary(max_size=3), st.sampled_from([b"\n", b": ", b"\t", b"&a ", b"*a", b"- "])))
+        text[place : place + data.draw(st.integers(0, 3))] = new
+    path = tmp_path / "r.yaml"
+    path.write_bytes(bytes(text))
+    only_recipe_errors(load_recipe, str(path), (), 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=12), st.builds(
+    "{}={}".format, st.sampled_from([".".join(path) for path in PATHS]), st.text(max_size=8)
+)), max_size=3))  # fmt: skip
+def test_random_overrides_never_raise_anything_else(overrides):
+    only_recipe_errors(load_recipe, "demo", overrides, 2)
