@@ -23,7 +23,7 @@ recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's short name.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value]...", help="Override settings.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.path=value", help="Override settings.")]
 NumProcesses = Annotated[int | None, typer.Option("--nproc", min=1, help="Worker processes; all hosts together.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder of run folders.")]

@@ -86,6 +86,21 @@ class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         is_output = name.endswith((".attention.out", ".feed_forward.w_out"))
         return output_std(self.config) if is_output else float(self.config.init_std)
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Loads a model as transformers does and freezes again what the architecture freezes.
+
+        Its loader replaces each parameter by a trainable one; an optimizer would then decay a frozen hypernetwork.
+        """
+        loaded = super().from_pretrained(*arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with torch.device("meta"):
+            blank = dict(cls(model.config).named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in blank and not blank[name].requires_grad:
+                parameter.requires_grad_(False)
+        return loaded
+
     def recompute_activations(self, enabled: bool = True) -> None:
         """Chooses whether attention and experts are computed again in the backward pass instead of stored."""
         for module in self.modules():

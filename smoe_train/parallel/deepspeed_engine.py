@@ -61,6 +61,8 @@ class DeepSpeedEngine:
         self._linked = False
         self._stage = config.zero_stage
         self._clip_here = clip_norm if config.zero_stage == 0 else None
+        # DeepSpeed allocates its buckets whole, 2 GB at its default size, however small the model is.
+        bucket = min(5 * 10**8, sum(p.numel() for p in model.parameters() if p.requires_grad))
         split = split_params_into_different_moe_groups_for_optimizer([dict(group) for group in parameter_groups])
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -68,7 +70,11 @@ class DeepSpeedEngine:
             config={
                 "train_micro_batch_size_per_gpu": micro_batch_size,
                 "gradient_accumulation_steps": accumulation_steps,
-                "zero_optimization": {"stage": config.zero_stage},
+                "zero_optimization": {
+                    "stage": config.zero_stage,
+                    "reduce_bucket_size": bucket,
+                    "allgather_bucket_size": bucket,
+                },
                 "bf16": {"enabled": config.precision == "bf16"},
                 "gradient_clipping": 0.0 if self._clip_here or clip_norm is None else clip_norm,
                 "zero_allow_untested_optimizer": True,

@@ -31,7 +31,7 @@ class DispatchPlan:
         valid_TK: False in empty slots.
         rows_per_expert_E: int64, rows of each expert, rounded up to the row multiple.
         num_rows: R, rows of the sorted buffer: on the CPU as many as the experts have, elsewhere N + E * (multiple - 1),
-            a size that needs no look at the data.
+            which needs no look at the data.
     """
 
     row_of_slot_TK: Tensor

@@ -24,12 +24,14 @@ class Process:
         local_rank: Rank on this host.
         world_size: Number of processes.
         device: Where this process computes.
+        control: Process group for small messages between hosts' memories, so that they never wait for a device.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    control: Any = None
 
     @classmethod
     def alone(cls) -> Process:
@@ -65,7 +67,8 @@ class Process:
         # two minutes, and whose lock file blocks later runs if it is killed. Training never uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        return cls(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        control = None if device.type == "cpu" else dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), local_rank, dist.get_world_size(), device, control)
 
     @property
     def is_first(self) -> bool:
@@ -80,17 +83,19 @@ class Process:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Returns whether the flag is set on any rank; a host synchronisation."""
+        """Returns whether the flag is set on any rank; waits for the other hosts, not for a device."""
         if self.world_size == 1:
             return flag
-        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+        total = torch.tensor([int(flag)])
+        dist.all_reduce(total, group=self.control)
+        return bool(total.item())
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Returns every rank's object, in rank order, on every rank."""
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.control)
         return items
 
     def broadcast_object(self, item: Any) -> Any:
@@ -98,13 +103,13 @@ class Process:
         if self.world_size == 1:
             return item
         items = [item]
-        dist.broadcast_object_list(items, src=0)
+        dist.broadcast_object_list(items, src=0, group=self.control)
         return items[0]
 
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
     def stop(self) -> None:
         """Leaves the process group."""

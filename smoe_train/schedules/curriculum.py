@@ -98,7 +98,7 @@ class Curriculum:
                 add_between(first, middle)
                 add_between(middle, last)
 
-        add_between(0, min(length, self.max_steps))
+        add_between(0, min(length, self.max_steps - 1))
         return frozenset(values)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from smoe_train.checkpoint import StateAccess
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Engine(StateAccess, Protocol):
     """Runs a model, accumulates gradients and takes optimizer steps; `DeepSpeedEngine` is the one for many ranks."""
@@ -96,7 +98,8 @@ class LocalEngine:
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(optimizer_steps), dtype=torch.float32, device=parameter.device)
+                    "step": torch.tensor(float(optimizer_steps), dtype=torch.float32, device=parameter.device),
+                    **{key: torch.zeros_like(parameter) for key in MOMENTS},
                 }
 
     def write_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:

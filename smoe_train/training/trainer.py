@@ -122,10 +122,9 @@ class Trainer:
             last = state.step == max_steps
             evaluate = last or state.step % self.evaluation.every_steps == 0
             save = last or state.step % self.checkpoint_every == 0
-            stop = False
-            if evaluate or save or state.step % self.log_every == 0:
+            stop = self.process.any(self.stop.requested)
+            if evaluate or save or stop or state.step % self.log_every == 0:
                 self._record(meter)
-                stop = self.process.any(self.stop.requested)
             improved = evaluate and self._validate()
             if save or improved or stop:
                 self._save(improved)

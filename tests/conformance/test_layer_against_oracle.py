@@ -71,7 +71,9 @@ def compare(layer, x_TD, top_k, mask, tolerance):
         got = gradients[name].double()
         # Relative to the largest entry: a gradient's small entries are differences of large ones.
         scale = float(gradient.abs().max().clamp(min=1e-3))
-        torch.testing.assert_close(got / scale, gradient / scale, **close, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got / scale, gradient / scale, **close, msg=lambda text, name=name: f"{name}: {text}"
+        )
     counts = [sum(expert in ids for ids in expected.ids) for expert in range(NUM_EXPERTS)]
     assert merged.stats["slots_E"].tolist() == counts
 

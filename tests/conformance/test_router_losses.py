@@ -36,7 +36,7 @@ def test_only_announced_losses_are_returned(case):
 @with_balance
 @pytest.mark.parametrize("top_k", [1, 2, 4, NUM_EXPERTS])
 def test_balance_is_one_at_uniformity(case, top_k):
-    """Invariant 14: equal shares and uniform probabilities give 1, whatever k (a published implementation gives 1/k)."""
+    """Invariant 14: equal shares and uniform probabilities give 1, whatever k (a published form gives 1/k)."""
     router = case.routers()[0]
     ids = [[(token + slot) % NUM_EXPERTS for slot in range(top_k)] for token in range(3 * NUM_EXPERTS)]
     losses = router.losses(assignment(ids, torch.zeros(len(ids), NUM_EXPERTS)), context(top_k))
@@ -100,7 +100,7 @@ def test_descending_the_balance_loss_balances(case):
     for _ in range(30):
         loss = router.losses(assign(router, x, context()), context())["load_balance_loss"]
         gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
-        values.append(float(loss))
+        values.append(loss.item())
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
         scale = 0.05 * math.sqrt(sum(float(p.square().sum()) for p in trainable)) / norm
         with torch.no_grad():
@@ -165,9 +165,7 @@ def on_ranks(router, x, sizes, masks=None, top_k=2):
     return torch.stack(values).mean(), mean
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in HAVE_BALANCE if c in HAVE_Z], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in HAVE_BALANCE if c in HAVE_Z], ids=str)
 @pytest.mark.parametrize("sizes", [(12, 12), (6, 6, 6, 6), (20, 4), (1, 3, 12, 8)], ids=str)
 def test_mean_over_ranks_is_the_value_of_the_whole_batch(case, sizes):
     """Invariant 14: equal for 1, 2 and 4 ranks in value and gradient, even when ranks hold different numbers."""

@@ -46,10 +46,7 @@ def feed_forward(x_D: Tensor, expert: int, weights: Mapping[str, Tensor], kind: 
         hidden_F = gate_F / (1 + torch.exp(-gate_F)) * hidden_F
         return hidden_F @ weights["w_out"][expert]
     hidden_F = hidden_F + weights["b_in"][expert]
-    if kind == "relu":
-        hidden_F = hidden_F.clamp(min=0)
-    else:
-        hidden_F = 0.5 * hidden_F * (1 + torch.erf(hidden_F / math.sqrt(2)))
+    hidden_F = hidden_F.clamp(min=0) if kind == "relu" else 0.5 * hidden_F * (1 + torch.erf(hidden_F / math.sqrt(2)))
     return hidden_F @ weights["w_out"][expert] + weights["b_out"][expert]
 
 
@@ -92,9 +89,7 @@ def naive_moe(
         y_D = torch.zeros_like(x_D)
         ids, weights = [], []
         if is_real:
-            scores = [
-                (weight_ED[i] * x_D).sum() + (0 if bias_E is None else bias_E[i]) for i in range(num_experts)
-            ]
+            scores = [(weight_ED[i] * x_D).sum() + (0 if bias_E is None else bias_E[i]) for i in range(num_experts)]
             ids = best_experts(scores, top_k)
             weights = slot_weights(scores, ids, rule)
             for i, weight in zip(ids, weights, strict=True):

@@ -1,0 +1,69 @@
+"""``recipes`` and ``routers``."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from smoe_train.cli.app import app
+from smoe_train.errors import LaunchError, RecipeError
+from smoe_train.recipe import find_recipe, json_schema, load_recipe, shipped_recipes
+from smoe_train.routing import ROUTERS
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_list():
+    listed = json.loads(call("recipes", "list", "--json"))
+    assert [entry["name"] for entry in listed] == list(shipped_recipes())
+    for entry in listed:
+        assert entry["description"] == load_recipe(entry["name"]).description
+    table = call("recipes", "list")
+    assert all(name in table for name in shipped_recipes())
+
+
+def test_show_prints_the_file():
+    assert call("recipes", "show", "demo") == find_recipe("demo").read_text()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_copy_is_the_same_recipe_anywhere(name, tmp_path):
+    target = tmp_path / f"{name.rpartition('/')[2]}.yaml"
+    assert str(target) in call("recipes", "copy", name, target)
+    assert load_recipe(str(target)) == load_recipe(name)
+
+
+def test_a_copy_replaces_nothing(tmp_path):
+    (tmp_path / "r.yaml").write_text("mine")
+    with pytest.raises(LaunchError, match=r"r\.yaml: exists; give another file name"):
+        call("recipes", "copy", "demo", tmp_path / "r.yaml")
+    assert (tmp_path / "r.yaml").read_text() == "mine"
+    with pytest.raises(LaunchError, match="cannot be written: No such file or directory"):
+        call("recipes", "copy", "demo", tmp_path / "no" / "r.yaml")
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'demo'"):
+        call("recipes", "show", "dmeo")
+
+
+def test_schema():
+    assert json.loads(call("recipes", "schema")) == json.loads(json.dumps(json_schema()))
+
+
+def test_routers():
+    listed = {entry["type"]: entry for entry in json.loads(call("routers", "--json"))}
+    assert list(listed) == ROUTERS.names()
+    assert listed["hyper_router"]["options"]["hyper_hidden"]["default"] == 256
+    for entry in listed.values():
+        assert entry["summary"]
+        assert "arXiv" in entry["paper"]
+        assert all(option["description"] for option in entry["options"].values())
+    table = call("routers")
+    assert all(name in table for name in listed)

@@ -1,0 +1,129 @@
+"""``validate``: layout and cost, against numbers made by hand."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from smoe_train.cli.app import app
+from smoe_train.errors import RecipeError
+
+RECIPE = """
+version: 1
+model:
+  d_model: 8
+  num_layers: 3
+  num_heads: 2
+  d_ff: 12
+  feed_forward: relu
+  moe: {layers: [0, 2], num_experts: 4, d_ff: 5, top_k: 1, router: {type: top_k, softmax: before_top_k, bias: true}}
+curriculum: {top_k: {low: 1, high: 3}}
+training: {sequence_length: 16, micro_batch_size: 2, global_batch_size: 8}
+"""
+
+# Two layers of 4 experts, each 8x5 + 5 + 5x8 + 8; one dense layer of 8x12 + 12 + 12x8 + 8.
+EXPERTS = 2 * 4 * (40 + 5 + 40 + 8)
+DENSE = 96 + 12 + 96 + 8
+EMBEDDING = 256 * 8
+ATTENTION = 4 * 64
+NORMS = 7 * 2 * 8
+ROUTERS = 2 * (4 * 8 + 4)
+SHARED = EMBEDDING + 3 * ATTENTION + NORMS + DENSE + ROUTERS
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, ["validate", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def plan(*arguments):
+    return json.loads(call(*arguments, "--json").stdout)
+
+
+def test_a_plan_for_four_processes(recipe):
+    found = plan(recipe, "parallel.expert_parallel_size=2", "--nproc", "4")
+    # 4 experts of 2 layers over 2 ranks; their state over the 2 ranks with the same experts, the rest over all 4.
+    experts, share = EXPERTS // 2, EXPERTS // 4 + SHARED // 4
+    bytes_of_rank = {
+        "weights_bytes": 4 * (experts + SHARED),
+        "gradients_bytes": 4 * (experts + SHARED),
+        "optimizer_bytes": 12 * share,
+        # 32 tokens of a rank and step, at most 3 experts, 2 layers, half of it to the other rank, 4 directions.
+        "all_to_all_bytes_per_step": 4 * 32 * 3 * 8 * 4 * 2 // 2,
+    }
+    bytes_of_rank["model_state_bytes"] = sum(
+        bytes_of_rank[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+    )
+    assert found == {
+        "name": "r",
+        "processes": 4,
+        "moe_layers": [0, 2],
+        "experts_of_rank": {"0": [0, 1], "1": [2, 3], "2": [0, 1], "3": [2, 3]},
+        "valid_expert_parallel_sizes": [1, 2, 4],
+        "parameters": {
+            "total": EXPERTS + SHARED,
+            "active": EXPERTS // 4 + SHARED,
+            "trainable": EXPERTS + SHARED,
+            "frozen": 0,
+            "experts": EXPERTS,
+            "routers": ROUTERS,
+        },
+        "tokens_per_step": 128,
+        "accumulation_steps": 1,
+        "top_k_in_training": [1, 2, 3],
+        "bytes_per_rank": bytes_of_rank,
+    }
+
+
+def test_one_process_sends_nothing_and_accumulates(recipe):
+    found = plan(recipe)
+    assert found["bytes_per_rank"]["all_to_all_bytes_per_step"] == 0
+    assert (found["processes"], found["accumulation_steps"]) == (1, 4)
+    assert found["experts_of_rank"] == {"0": [0, 3]}
+
+
+def test_a_hypernetwork_is_frozen(recipe):
+    found = plan(recipe, "model.moe.router={type: hyper_router, hyper_hidden: 6, softmax: before_top_k}")["parameters"]
+    # e (8) is trained; hidden 6x8 + 6, output (4x8 + 4) x 6 + (4x8 + 4) are not; once a layer.
+    frozen = 2 * (48 + 6 + 36 * 6 + 36)
+    assert found["frozen"] == frozen
+    assert found["routers"] == frozen + 2 * 8
+    assert found["trainable"] == EXPERTS + SHARED - ROUTERS + 2 * 8
+    assert found["total"] == found["trainable"] + frozen
+
+
+def test_a_dense_model_has_no_experts_to_place(recipe):
+    found = plan(recipe, "model.moe={layers: []}", "curriculum.top_k=null", "--nproc", "2")
+    assert found["moe_layers"] == []
+    assert found["experts_of_rank"] == {}
+    assert found["valid_expert_parallel_sizes"] == [1]
+    assert found["parameters"]["experts"] == found["bytes_per_rank"]["all_to_all_bytes_per_step"] == 0
+    assert found["parameters"]["active"] == found["parameters"]["total"]
+
+
+def test_the_table_shows_the_same(recipe):
+    text = call(recipe, "--nproc", "2", "parallel.expert_parallel_size=2").stdout
+    assert "r: valid" in text
+    assert f"{EXPERTS + SHARED:,}" in text
+    assert "0 to 1" in text
+    assert "2 to 3" in text
+
+
+def test_mistakes_are_those_of_the_recipe(recipe):
+    with pytest.raises(RecipeError, match="valid for 3 processes and 4 experts: 1") as caught:
+        call(recipe, "--nproc", "3", "parallel.expert_parallel_size=2", "training.global_batch_size=6", "seed=x")
+    assert {problem.key for problem in caught.value.problems} == {"seed", "parallel.expert_parallel_size"}
+
+
+@pytest.mark.parametrize("nproc", ["0", "-1", "x"])
+def test_a_number_of_processes_is_a_positive_number(recipe, nproc):
+    assert call(recipe, "--nproc", nproc).exit_code == 2

@@ -1,0 +1,62 @@
+"""Memory and traffic of one rank, against sums made by hand."""
+
+import pytest
+
+from smoe_train.parallel.footprint import footprint
+from smoe_train.parallel.topology import ParallelConfig
+
+# 4 ranks in 2 expert-parallel groups, 2 MoE layers, 800 parameters in experts, 100 trained beside them, 7 frozen.
+SIZES = {
+    "world_size": 4,
+    "expert_parameters": 800,
+    "other_trainable": 100,
+    "frozen": 7,
+    "tokens_per_rank_and_step": 10,
+    "d_model": 3,
+    "moe_layers": 2,
+    "top_k": 5,
+}
+
+
+def cost(sizes=SIZES, **parallel):
+    return footprint(ParallelConfig(expert_parallel_size=2, **parallel), **sizes)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "weights", "gradients", "optimizer"),
+    [
+        # A rank holds 400 + 100 trained parameters; of their state it owns 400/2 + 100/4 = 225.
+        ({"zero_stage": 0}, 507 * 4, 500 * 4, 500 * 8),
+        ({"zero_stage": 1}, 507 * 4, 500 * 4, 225 * 12),
+        ({"zero_stage": 2}, 507 * 4, 225 * 4, 225 * 12),
+        ({"zero_stage": 1, "precision": "bf16"}, 507 * 2, 500 * 2, 225 * 12),
+        ({"zero_stage": 2, "precision": "bf16"}, 507 * 2, 225 * 2, 225 * 12),
+    ],
+)
+def test_memory(parallel, weights, gradients, optimizer):
+    found = cost(**parallel)
+    assert (found.weights_bytes, found.gradients_bytes, found.optimizer_bytes) == (weights, gradients, optimizer)
+    assert found.model_state_bytes == weights + gradients + optimizer
+
+
+def test_the_local_engine_keeps_everything_and_sends_nothing():
+    found = footprint(ParallelConfig(engine="local"), **{**SIZES, "world_size": 1})
+    assert (found.weights_bytes, found.gradients_bytes, found.optimizer_bytes) == (907 * 4, 900 * 4, 900 * 8)
+    assert found.all_to_all_bytes_per_step == 0
+
+
+@pytest.mark.parametrize(("precision", "element"), [("fp32", 4), ("bf16", 2)])
+def test_traffic(precision, element):
+    # There, back, and both gradients: 10 tokens to 5 experts, half of which are on the other rank, in 2 layers.
+    assert cost(precision=precision).all_to_all_bytes_per_step == 4 * 10 * 5 * 3 * element * 2 // 2
+
+
+def test_json_has_every_figure():
+    found = cost()
+    assert found.to_json() == {
+        "weights_bytes": found.weights_bytes,
+        "gradients_bytes": found.gradients_bytes,
+        "optimizer_bytes": found.optimizer_bytes,
+        "all_to_all_bytes_per_step": found.all_to_all_bytes_per_step,
+        "model_state_bytes": found.model_state_bytes,
+    }

@@ -1,0 +1,260 @@
+"""The loop in one process: its record, its checkpoints, and that resuming it changes no bit."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from support.tiny import tiny_recipe
+
+from smoe_train.assembly import build_trainer, open_journal
+from smoe_train.checkpoint.store import Checkpoint
+from smoe_train.config import merge
+from smoe_train.errors import RunFailedError, RunStoppedError
+from smoe_train.parallel.process import Process
+from smoe_train.training.stop import StopRequest
+
+STEPS = 7
+UNTIMED = {"step_seconds"}
+
+
+def recipe_of(text, **sections):
+    base = {
+        "parallel": {"engine": "local"},
+        "training": {"max_steps": STEPS},
+        "model": {"dropout": 0.1},
+        "curriculum": {"top_k": {"low": 1, "high": 4}},
+    }
+    softmax = {"model": {"moe": {"router": {"softmax": "before_top_k"}}}}  # k = 1 leaves no gradient otherwise
+    return tiny_recipe(text, 1, **merge(merge(base, softmax), sections))
+
+
+def start(recipe, folder, checkpoint=None, stop=None):
+    folder.mkdir(exist_ok=True)
+    trainer = build_trainer(recipe, Process.alone(), folder, stop)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    trainer.journal = open_journal(recipe, folder, checkpoint.step if checkpoint is not None else None)
+    return trainer
+
+
+def train(trainer):
+    try:
+        return trainer.train()
+    finally:
+        trainer.journal.close()
+
+
+def records(folder, split, name="metrics.jsonl"):
+    """Returns the records of a split with floats in hexadecimal, without times."""
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [
+        {key: value.hex() if isinstance(value, float) else value for key, value in line.items() if key not in UNTIMED}
+        for line in lines
+        if line["split"] == split
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = start(recipe_of(text), folder)
+    train(trainer)
+    return folder, trainer
+
+
+def test_every_step_is_recorded_once_with_what_it_was_run_with(whole, text):
+    folder, _ = whole
+    recipe = recipe_of(text)
+    found = records(folder, "train")
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    assert [record["tokens"] for record in found] == [128 * step for step in range(1, STEPS + 1)]
+    assert [record["top_k"] for record in found] == [recipe.schedule().knobs(step).top_k for step in range(STEPS)]
+    assert len({record["top_k"] for record in found}) > 1
+    # Cosine from 0.01 over 7 steps, by the formula.
+    for step, record in enumerate(found):
+        rate = 0.01 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        assert float.fromhex(record["learning_rate"]) == pytest.approx(rate)
+        loss = float.fromhex(record["loss"])
+        assert float.fromhex(record["bits_per_byte"]) == pytest.approx(loss / math.log(2.0)), "a token is a byte"
+        balance = float.fromhex(record["load_balance_loss"])
+        assert float.fromhex(record["load_balance_loss_weighted"]) == pytest.approx(0.01 * balance)
+        assert float.fromhex(record["gradient_norm"]) > 0.0
+
+
+def test_it_learns(whole):
+    losses = [float.fromhex(record["loss"]) for record in records(whole[0], "train")]
+    assert losses[0] == pytest.approx(math.log(256), rel=0.05), "nothing is known at first"
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_validation_and_routing_are_recorded_when_due(whole):
+    folder, trainer = whole
+    valid = records(folder, "valid")
+    assert [(record["step"], record["top_k"], record["evaluated_tokens"]) for record in valid] == [
+        (4, 2, 300),
+        (7, 2, 300),
+    ]
+    assert [record["tokens"] for record in valid] == [512, 896]
+    routing = records(folder, "train", "routing.jsonl")
+    assert {record["layer"] for record in routing} == {0, 1}
+    assert sorted({record["step"] for record in routing}) == [2, 3, 4, 6, 7]
+    best = min(valid, key=lambda record: float.fromhex(record["loss"]))
+    assert trainer.state.best_step == best["step"]
+    assert trainer.state.best_loss == float.fromhex(best["loss"])
+
+
+def test_checkpoints_are_written_when_due_and_hold_the_state(whole):
+    _, trainer = whole
+    store = trainer.store
+    assert sorted(Checkpoint.open(path).step for path in store.complete()) == [2, 4, 6, 7]
+    last = Checkpoint.open(store.find("latest"))
+    last.verify()
+    assert last.state["train"] == trainer.state.to_json()
+    assert last.state["optimizer_steps"] == STEPS
+    assert last.state["identity"] == trainer.identity
+    assert (last.state["world_size"], last.state["expert_parallel_size"]) == (1, 1)
+    assert Checkpoint.open(store.find("best")).step == trainer.state.best_step
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_resumed_run_is_the_uninterrupted_run_bit_by_bit(whole, text, tmp_path, step):
+    folder, trainer = whole
+    checkpoint = Checkpoint.open(folder / "checkpoints" / f"step-{step:08d}")
+    torch.manual_seed(99)
+    again = start(recipe_of(text), tmp_path, checkpoint)
+    train(again)
+    for split in ("train", "valid"):
+        expected = [record for record in records(folder, split) if record["step"] > step]
+        assert records(tmp_path, split) == expected
+    assert again.state == trainer.state
+    same = Checkpoint.open(again.store.find("latest"))
+    assert same.files == Checkpoint.open(trainer.store.find("latest")).files, "the same bytes at the end"
+
+
+def test_a_stop_request_ends_the_run_with_a_checkpoint(whole, text, tmp_path):
+    stop = StopRequest()
+    trainer = start(recipe_of(text, checkpoint={"every_steps": 100}), tmp_path, stop=stop)
+    real = trainer.objective
+
+    def objective(engine, batch, knobs):
+        if knobs.step == 1:
+            stop.signal = signal.SIGTERM
+        return real(engine, batch, knobs)
+
+    trainer.objective = objective
+    with pytest.raises(RunStoppedError, match="stopped as asked after step 2; the same command resumes the run"):
+        train(trainer)
+    (path,) = trainer.store.complete()
+    checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
+    assert checkpoint.step == 2
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2]
+
+    again = start(recipe_of(text, checkpoint={"every_steps": 100}), tmp_path, checkpoint)
+    train(again)
+    assert records(tmp_path, "train") == records(whole[0], "train"), "one file, no step twice, none missing"
+
+
+def test_a_request_in_the_last_step_is_no_reason_to_fail(text, tmp_path):
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    trainer = start(recipe_of(text, training={"max_steps": 1}, curriculum={"top_k": None}), tmp_path, stop=stop)
+    assert train(trainer).step == 1
+
+
+def test_a_complete_run_has_nothing_left_to_do(whole, text, tmp_path):
+    _, trainer = whole
+    again = start(recipe_of(text), tmp_path, Checkpoint.open(trainer.store.find("latest")))
+    assert train(again) == trainer.state
+    assert records(tmp_path, "train") == []
+    assert again.store.complete() == []
+
+
+def poison_loss(trainer, step):
+    real = trainer.objective
+
+    def objective(engine, batch, knobs):
+        found = real(engine, batch, knobs)
+        if knobs.step != step:
+            return found
+        return type(found)(found.total * float("nan"), found.task * float("nan"), found.output)
+
+    trainer.objective = objective
+
+
+def poison_gradient(trainer, step):
+    """The loss stays finite; only the gradient overflows."""
+    parameter = next(trainer.model.parameters())
+    real = trainer.engine.step
+
+    def engine_step(rate):
+        if trainer.state.step == step:
+            parameter.grad[0, 0] = float("inf")
+        real(rate)
+
+    trainer.engine.step = engine_step
+
+
+def poison_validation(trainer, step):
+    """A weight that only validation looks at is no number."""
+    real = trainer._record
+
+    def record(meter):
+        real(meter)
+        if trainer.state.step == step + 1:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(float("nan"))
+
+    trainer._record = record
+
+
+@pytest.mark.parametrize(
+    ("poison", "step", "message"),
+    [
+        (poison_loss, 3, "step 4: the training loss is nan"),
+        (poison_loss, 4, "step 5: the training loss is nan"),
+        (poison_gradient, 3, "step 4: the gradient norm is inf"),
+        (poison_validation, 3, "step 4: the validation loss is nan"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(text, tmp_path, poison, step, message):
+    trainer = start(recipe_of(text), tmp_path)
+    poison(trainer, step)
+    with pytest.raises(RunFailedError, match=message) as caught:
+        train(trainer)
+    assert "learning_rate.peak" in str(caught.value)
+    saved = sorted(Checkpoint.open(path).step for path in trainer.store.complete())
+    assert saved == ([2] if step == 3 else [2, 4])
+    for path in trainer.store.complete():
+        checkpoint = Checkpoint.open(path)
+        weights = [checkpoint.tensor(name) for name in checkpoint.tensors if name.startswith(("weight/", "exp_avg"))]
+        assert all(torch.isfinite(value).all() for value in weights)
+        assert math.isfinite(checkpoint.state["train"]["best_loss"] or 0.0)
+
+
+def test_a_run_that_fell_back_after_failing_goes_on_from_before(whole, text, tmp_path):
+    trainer = start(recipe_of(text), tmp_path)
+    poison_loss(trainer, 4)
+    with pytest.raises(RunFailedError):
+        train(trainer)
+    again = start(recipe_of(text), tmp_path, trainer.store.newest_sound(pytest.fail))
+    train(again)
+    assert records(tmp_path, "train") == records(whole[0], "train")
+
+
+def test_several_k_are_validated_and_the_first_chooses_the_best(text, tmp_path):
+    trainer = start(recipe_of(text, training={"max_steps": 2}, evaluation={"top_k": [8, 1]}), tmp_path)
+    train(trainer)
+    valid = records(tmp_path, "valid")
+    assert [record["top_k"] for record in valid] == [8, 1]
+    assert trainer.state.best_loss == float.fromhex(valid[0]["loss"])
+
+
+def test_a_worse_validation_is_not_the_best(text, tmp_path):
+    trainer = start(recipe_of(text), tmp_path)
+    trainer.state.best_loss, trainer.state.best_step = 0.0, 99
+    train(trainer)
+    assert (trainer.state.best_loss, trainer.state.best_step) == (0.0, 99)
+    assert not (tmp_path / "checkpoints" / "best").exists()
