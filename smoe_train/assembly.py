@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from smoe_train.checkpoint import Checkpoint, CheckpointStore, load_weights, seed_everything
-from smoe_train.data import SplitName, TokenStore, prepare
+from smoe_train.checkpoint.store import CHECKPOINTS
+from smoe_train.data import SplitName, TokenStore, build_tokenizer, prepare
 from smoe_train.data.loader import EvaluationBatches, TrainBatches
 from smoe_train.errors import CheckpointError
 from smoe_train.model import LocalExpertBank, RankReduction, SmoeConfig, SmoeForCausalLM
@@ -25,8 +26,6 @@ from smoe_train.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from smoe_train.parallel.process import Process
-
-CHECKPOINTS = "checkpoints"
 
 
 def start_process(recipe: Recipe) -> Process:
@@ -76,36 +75,50 @@ def build_engine(recipe: Recipe, model: SmoeForCausalLM, process: Process) -> En
     )
 
 
-def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: StopRequest | None = None) -> Trainer:
-    """Returns a trainer at step 0; its journal is added by `open_journal` once it is known where to start."""
-    tokens = prepare(recipe.data, recipe.tokenizer)
-    training, evaluation = recipe.training, recipe.evaluation
-    place = {"rank": process.rank, "world_size": process.world_size}
-    batches = TrainBatches(
+def build_batches(
+    recipe: Recipe, tokens: TokenStore, rank: int, world_size: int
+) -> tuple[TrainBatches, EvaluationBatches]:
+    """Returns the training and validation batches of a rank.
+
+    Raises:
+        DataError: A split is missing or too short for the recipe's batches.
+    """
+    training = recipe.training
+    train = TrainBatches(
         tokens.tokens("train"),
         training.sequence_length,
         training.global_batch_size,
         training.micro_batch_size,
         recipe.seed,
-        num_workers=recipe.loader.num_workers,
-        **place,
+        rank,
+        world_size,
+        recipe.loader.num_workers,
     )
     validation = EvaluationBatches(
         tokens.tokens("valid"),
         training.sequence_length,
         training.micro_batch_size,
-        max_tokens=evaluation.max_tokens,
-        **place,
+        rank,
+        world_size,
+        recipe.evaluation.max_tokens,
     )
+    return train, validation
+
+
+def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: StopRequest | None = None) -> Trainer:
+    """Returns a trainer at step 0; its journal is added by `open_journal` once it is known where to start."""
+    tokens = prepare(recipe.data, recipe.tokenizer)
+    training = recipe.training
+    batches, validation = build_batches(recipe, tokens, process.rank, process.world_size)
     seed_everything(recipe.seed, process.rank)
     model = build_model(recipe, tokens.record.vocab_size, expert_banks(recipe, process))
     model.model.ranks = RankReduction(process.sum, process.world_size)
     model.recompute_activations(training.activation_checkpointing)
     engine = build_engine(recipe, model, process)
-    config = model.config
+    config, valid_sum = model.config, tokens.checksums()["valid"]
     return Trainer(
         config=training,
-        evaluation=evaluation,
+        evaluation=recipe.evaluation,
         learning_rate=recipe.learning_rate,
         curriculum=recipe.schedule(),
         checkpoint_every=recipe.checkpoint.every_steps,
@@ -122,6 +135,7 @@ def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: Stop
         store=CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last),
         journal=None,
         identity=identity(recipe, tokens),
+        score_key=[*(recipe.evaluation.top_k or (recipe.model.moe.top_k,)), validation.predicted_tokens, valid_sum],
         stop=stop or StopRequest(),
     )
 
@@ -143,9 +157,8 @@ def build_for_evaluation(recipe: Recipe, process: Process, checkpoint: Checkpoin
 
     With more than one process the experts are spread as the recipe says; one process holds them all.
     """
-    tokens = prepare(recipe.data, recipe.tokenizer)
     make_bank = expert_banks(recipe, process) if process.world_size > 1 else LocalExpertBank
-    model = build_model(recipe, tokens.record.vocab_size, make_bank)
+    model = build_model(recipe, build_tokenizer(recipe.tokenizer).vocab_size, make_bank)
     load_weights(model, checkpoint)
     for module in model.modules():
         if hasattr(module, "set_deepspeed_parallelism"):
@@ -162,28 +175,35 @@ def bytes_per_token(tokens: TokenStore, split: SplitName) -> float:
     return tokens.num_bytes(split) / len(tokens.tokens(split))
 
 
-def identity(recipe: Recipe, tokens: TokenStore) -> dict[str, str]:
-    """Returns digests of everything that a checkpoint must agree on to be resumed."""
-    return {**recipe.identity(), "data": tokens.checksums()["train"]}
+def identity(recipe: Recipe, tokens: TokenStore) -> dict[str, Any]:
+    """Returns by key everything that a checkpoint must agree on to be resumed."""
+    return {**recipe.identity(), "data (sha256 of its training tokens)": tokens.checksums()["train"]}
 
 
-def check_identity(expected: dict[str, str], checkpoint: Checkpoint) -> None:
+def check_identity(recipe: Recipe, tokens: TokenStore, checkpoint: Checkpoint) -> None:
     """Compares a checkpoint with the run that wants to resume from it.
 
+    An option that the checkpoint does not know, since it is younger, must be at its default.
+
     Raises:
-        CheckpointError: They differ; the message names the sections.
+        CheckpointError: They differ; the message names each key with both values.
     """
-    saved = checkpoint.state.get("identity", {})
-    different = sorted(key for key in expected.keys() | saved.keys() if expected.get(key) != saved.get(key))
+    saved, expected = checkpoint.state.get("identity", {}), identity(recipe, tokens)
+    known = {**recipe.with_defaults().identity(), **saved}
+    different = [
+        f"  {key}: {known.get(key)!r} in the checkpoint, {expected.get(key)!r} now"
+        for key in sorted(expected.keys() | saved.keys())
+        if expected.get(key) != known.get(key)
+    ]
     if different:
         raise CheckpointError(
-            f"{checkpoint.path}: was written by a run with another {', '.join(different)}; "
-            "use the recipe of that run, or start a new one with another name"
+            f"{checkpoint.path}: belongs to another run; use its recipe, or start anew with another name:\n"
+            + "\n".join(different)
         )
 
 
 __all__ = [
-    "CHECKPOINTS",
+    "build_batches",
     "build_engine",
     "build_for_evaluation",
     "build_model",

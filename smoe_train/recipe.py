@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +15,18 @@ from smoe_train.config import Layered, StrictModel, apply_overrides, build, read
 from smoe_train.data import AnySourceConfig, AnyTokenizerConfig, BytesConfig, LoaderConfig
 from smoe_train.data.sources.pydocs import PydocsConfig
 from smoe_train.errors import Problem, RecipeError
-from smoe_train.model.config import ModelConfig
+from smoe_train.model.config import ModelConfig, MoeConfig
 from smoe_train.parallel.topology import ParallelConfig, parallel_problems, topology_problem
 from smoe_train.registry import suggest
 from smoe_train.reporting.config import ReportingConfig
 from smoe_train.schedules import Curriculum, CurriculumConfig, LearningRateConfig
+from smoe_train.schedules.curriculum import LARGEST_MULTI_STEP
 from smoe_train.training.config import EvaluationConfig, OptimizerConfig, TrainingConfig
+
+# Options of the model that may change from one resume to the next: weights and data stay what they are.
+CHANGEABLE = frozenset(
+    {"model.dropout", "model.moe.top_k", "model.moe.load_balance_coefficient", "model.moe.z_loss_coefficient"}
+)
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 
@@ -73,19 +77,30 @@ class Recipe(StrictModel):
         text: str = OmegaConf.to_yaml(OmegaConf.create(_literal(self.model_dump(mode="json"))))
         return text
 
-    def identity(self) -> dict[str, str]:
-        """Returns a digest of each section that a checkpoint cannot outlive: another value is another run."""
-        training = self.training
-        parts: dict[str, Any] = {
+    def identity(self) -> dict[str, Any]:
+        """Returns by dotted key what a checkpoint cannot outlive: with another value it is another run's."""
+        sections = {
             "seed": self.seed,
             "tokenizer": self.tokenizer.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json"),
-            "training.sequence_length": training.sequence_length,
-            "training.global_batch_size": training.global_batch_size,
+            "training": self.training.model_dump(mode="json", include={"sequence_length", "global_batch_size"}),
         }
-        return {
-            key: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for key, part in parts.items()
-        }
+        return {key: value for key, value in flat(sections).items() if key not in CHANGEABLE}
+
+    def with_defaults(self) -> Recipe:
+        """Returns a recipe of the same kinds of router and tokenizer with every option at its default."""
+        moe = MoeConfig(router=type(self.model.moe.router)(type=self.model.moe.router.type))
+        tokenizer = type(self.tokenizer)(type=self.tokenizer.type)
+        return Recipe(version=1, tokenizer=tokenizer, model=ModelConfig(moe=moe))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        result |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return result
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None) -> Recipe:
@@ -139,6 +154,9 @@ def cross_check(recipe: Recipe, world_size: int | None) -> list[tuple[str, str, 
         elif schedule.high > model.moe.num_experts:
             message = f"{schedule.high} exceeds model.moe.num_experts {model.moe.num_experts}"
             found.append(("curriculum.top_k.high", message, ("model.moe.num_experts",)))
+        if schedule.form.startswith("multi_step") and schedule.high > LARGEST_MULTI_STEP:
+            message = f"{schedule.high} is never reached: multi_step goes through 1, 2, 4, 8, 16; use another form"
+            found.append(("curriculum.top_k.high", message, ("curriculum.top_k.form",)))
     excessive = [k for k in recipe.evaluation.top_k if not 1 <= k <= model.moe.num_experts]
     if excessive:
         message = f"{excessive} is outside 1 to num_experts {model.moe.num_experts}"

@@ -25,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smoe_train.errors import CheckpointError
+from smoe_train.errors import CheckpointError, RunFailedError
+
+CHECKPOINTS = "checkpoints"  # folder of a run that holds them
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -164,7 +166,7 @@ class CheckpointStore:
             best: Whether to point ``best`` to it.
 
         Raises:
-            CheckpointError: Any rank could not write; earlier checkpoints are untouched.
+            RunFailedError: Any rank could not write; earlier checkpoints are untouched.
         """
         temporary = self.folder / self._peers.broadcast_object(f"{_TEMPORARY}{step_name(step)}-{uuid.uuid4().hex}")
         written, problem = _attempt(lambda: _write_files(temporary, files))
@@ -180,12 +182,16 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
         problem = self._peers.broadcast_object(problem)
         if problem is not None:
-            raise CheckpointError(f"{self.folder / step_name(step)}: could not be written: {problem}")
+            raise RunFailedError(f"{self.folder / step_name(step)}: could not be written: {problem}")
         return self.folder / step_name(step)
 
     def _commit(
         self, temporary: Path, step: int, files: Mapping[str, Any], state: Mapping[str, Any], best: bool
     ) -> None:
+        for name, item in files.items():
+            path = temporary / name
+            if not path.is_file() or path.stat().st_size != item["bytes"]:
+                raise OSError(f"rank 0 does not see {name}: run folders must be on storage that all hosts share")
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -246,6 +252,28 @@ class CheckpointStore:
         except (OSError, UnicodeDecodeError):
             return None
         return self.folder / target if _STEP_NAME.match(target) else None
+
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Returns whether a checkpoint is one of this run's."""
+        return checkpoint.path.resolve().parent == self.folder.resolve()
+
+    def restore_best(self, step: int | None) -> bool:
+        """Points ``best`` to a step again, which a crash may have prevented; returns whether it is still there."""
+        found = False
+        if self._peers.rank == 0 and step is not None and self.folder / step_name(step) in self.complete():
+            self._point("best", step)
+            found = True
+        return bool(self._peers.broadcast_object(found))
+
+    def later_than(self, step: int) -> list[Path]:
+        """Returns the complete checkpoints of later steps."""
+        return [path for path in self.complete() if int(path.name.removeprefix("step-")) > step]
+
+    def set_aside(self, path: Path) -> Path:
+        """Renames a checkpoint so that nothing takes it for one of this run any more; returns its new place."""
+        aside = self.folder / f"abandoned-{path.name}-{uuid.uuid4().hex[:8]}"
+        path.rename(aside)
+        return aside
 
     def find(self, which: str) -> Path:
         """Returns the folder that ``latest`` or ``best`` means: the newest complete one, or the one pointed to.

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from smoe_train.checkpoint import Checkpoint
+from smoe_train.checkpoint.store import step_name
 from smoe_train.cli.run_folder import store_of
 from smoe_train.cli.train import TrainOptions, train
 from smoe_train.recipe import Recipe, load_recipe
@@ -58,8 +58,7 @@ def _next_name(recipe: Recipe, output_dir: Path) -> str:
 
 
 def _finished(run_folder: Path, max_steps: int) -> bool:
-    complete = store_of(run_folder).complete()
-    return bool(complete) and Checkpoint.open(complete[0]).step >= max_steps
+    return any(path.name == step_name(max_steps) for path in store_of(run_folder).complete())
 
 
 def _add_to_report(run_folder: Path, levels: dict[str, float]) -> None:
@@ -74,12 +73,18 @@ def baselines(recipe: Recipe) -> dict[str, float]:
     """Returns the bits per byte that compressors need for the validation split alone."""
     from smoe_train.data import prepare
 
-    text = prepare(recipe.data, recipe.tokenizer).tokens("valid").tobytes()
+    last = recipe.evaluation.max_tokens
+    text = prepare(recipe.data, recipe.tokenizer).tokens("valid")[: None if last is None else last + 1].tobytes()
     return {name: 8 * len(compress(text)) / len(text) for name, compress in COMPRESSORS.items()}
 
 
 def _print_result(recipe: Recipe, run_folder: Path, levels: dict[str, float], seconds: float) -> None:
-    records = [record for record in read_records(run_folder / METRICS) if record.get("split") == "valid"]
+    top_k = (recipe.evaluation.top_k or (recipe.model.moe.top_k,))[0]
+    records = [
+        record
+        for record in read_records(run_folder / METRICS)
+        if record.get("split") == "valid" and record.get("top_k") == top_k
+    ]
     best = min(float(record["bits_per_byte"]) for record in records)
     table = Table("", "bits per byte", title="validation text")
     table.add_row("this model, final", f"{float(records[-1]['bits_per_byte']):.3f}", style="bold")
@@ -89,7 +94,7 @@ def _print_result(recipe: Recipe, run_folder: Path, levels: dict[str, float], se
     Console().print(table)
     trained = recipe.training.max_steps * recipe.training.global_batch_size * recipe.training.sequence_length
     print(
-        f"{trained:,} tokens in {seconds:.0f} s, start-up and validation included\n"
+        f"{trained:,} tokens; this command took {seconds:.0f} s, start-up and validation included\n"
         f"report: {run_folder / 'report' / 'report.html'}\n"
         "\nwhat to try next (smoe-train is in .venv/bin after `make demo`):\n"
         f"  smoe-train generate {run_folder} --prompt 'The with statement'\n"

@@ -40,6 +40,8 @@ def copy_recipe(name: str, target: Path) -> None:
     source = find_recipe(name)
     load_recipe(str(source))  # a recipe that does not load is not worth copying
     text = source.read_text(encoding="utf-8")
+    # The path to the schema is relative to the shipped file.
+    text = "".join(line for line in text.splitlines(keepends=True) if "yaml-language-server" not in line)
     parent = (yaml.safe_load(text) or {}).get("extends")
     if parent is not None and (source.parent / str(parent)).is_file():
         shipped = (source.parent / str(parent)).resolve().relative_to(recipe_folder())

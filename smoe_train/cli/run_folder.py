@@ -8,12 +8,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from smoe_train.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, write_text_durably
+from smoe_train.checkpoint.store import CHECKPOINTS, MANIFEST, Checkpoint, CheckpointStore, write_text_durably
 from smoe_train.errors import CheckpointError, LaunchError
 from smoe_train.recipe import Recipe, load_recipe
 
 RECIPE = "recipe.yaml"
-CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 LOCK = ".lock"
 
@@ -37,23 +36,27 @@ def store_of(run_folder: Path) -> CheckpointStore:
     return CheckpointStore(run_folder / CHECKPOINTS, OneRank(), keep_last=1)
 
 
-def create(run_folder: Path, recipe: Recipe, resume: str) -> None:
+def create(run_folder: Path, recipe: Recipe, keep_old: bool) -> None:
     """Creates the folder of a run, or takes up the one that is there, and writes the resolved recipe.
 
+    Args:
+        run_folder: The folder.
+        recipe: What it runs.
+        keep_old: Whether to keep a recipe that is there as ``recipe.before-N.yaml``.
+
     Raises:
-        LaunchError: ``--resume never`` was given and the folder holds a run, or it cannot be written.
+        LaunchError: The folder cannot be written.
     """
-    if resume == "never" and (run_folder / RECIPE).exists():
-        raise LaunchError(
-            f"{run_folder}: holds a run already; continue it with --resume auto, choose another name=..., or remove it"
-        )
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
+        if keep_old and (run_folder / RECIPE).is_file():
+            number = 1 + len(list(run_folder.glob("recipe.before-*.yaml")))
+            (run_folder / RECIPE).rename(run_folder / f"recipe.before-{number}.yaml")
         temporary = run_folder / f".{RECIPE}.tmp"
         write_text_durably(temporary, recipe.to_yaml())
         temporary.replace(run_folder / RECIPE)
     except OSError as error:
-        raise _not_writable(run_folder, error) from error
+        raise LaunchError(f"{run_folder}: cannot be written: {error.strerror}; choose another --output-dir") from error
 
 
 @contextmanager

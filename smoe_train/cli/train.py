@@ -7,17 +7,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 from smoe_train.cli.launch import LaunchPlan, already_launched, build_command, plan_launch, run_workers
 from smoe_train.cli.launch import worker_environment as environment_of_workers
-from smoe_train.cli.run_folder import LOGS, RECIPE, create, held, store_of
-from smoe_train.errors import CheckpointError
-from smoe_train.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from smoe_train.checkpoint import Checkpoint
-    from smoe_train.data import TokenStore
+from smoe_train.cli.run_folder import LOGS, held
+from smoe_train.errors import SmoeError
+from smoe_train.recipe import load_recipe
 
 WORKER = "smoe_train.cli.worker"
 
@@ -78,11 +74,18 @@ def train(options: TrainOptions) -> int:
     if already_launched(os.environ):
         return _train_as_worker(options)
     plan = options.plan()
+    if plan.launcher == "in_process":
+        os.environ.update(environment_of_workers(1, os.environ))  # before torch is imported
+    from smoe_train.cli.start import begin, decide
+
     recipe = load_recipe(options.recipe, options.overrides, plan.nproc)
     run_folder = options.output_dir / recipe.name
-    _check_start(recipe, run_folder, options.resume)
+    start = decide(recipe, run_folder, options.resume, plan.nproc)
+    if start.finished:
+        print(start.nothing_to_do(), file=sys.stderr)
+        return 0
     with held(run_folder):
-        create(run_folder, recipe, options.resume)
+        begin(start)
         print(f"run {run_folder}: {plan.nproc} process{'es' if plan.nproc > 1 else ''}", file=sys.stderr)
         if plan.launcher == "in_process":
             return _train_here(run_folder, options.resume)
@@ -105,65 +108,38 @@ def _train_here(run_folder: Path, resume: str) -> int:
     return 0
 
 
-def _train_as_worker(options: TrainOptions) -> int:
-    """Acts as one worker of a job that somebody else has launched (torchrun, srun)."""
+def _train_as_worker(options: TrainOptions) -> NoReturn:
+    """Acts as one worker of a job that somebody else has launched (torchrun, srun), and ends the process."""
     from smoe_train.assembly import start_process
-    from smoe_train.cli.worker import exit_code_of, train_worker
+    from smoe_train.cli.start import begin, decide
+    from smoe_train.cli.worker import leave, log_to, run_worker, train_worker
     from smoe_train.training.stop import StopRequest
 
-    recipe = load_recipe(options.recipe, options.overrides, int(os.environ["WORLD_SIZE"]))
-    run_folder = options.output_dir / recipe.name
     stop = StopRequest()
     stop.listen(second_ends=False)
+    with contextlib.ExitStack() as stack:
 
-    def work() -> None:
-        process = start_process(recipe)
-        if process.is_first:
-            _check_start(recipe, run_folder, options.resume)
-            create(run_folder, recipe, options.resume)
-        process.barrier()
-        train_worker(run_folder, options.resume, stop)
+        def work() -> None:
+            recipe = load_recipe(options.recipe, options.overrides, int(os.environ["WORLD_SIZE"]))
+            run_folder = options.output_dir / recipe.name
+            process = start_process(recipe)
+            problem, nothing = None, None
+            if process.is_first:
+                try:
+                    start = decide(recipe, run_folder, options.resume, process.world_size)
+                    nothing = start.nothing_to_do() if start.finished else None
+                    if nothing is None:
+                        stack.enter_context(held(run_folder))
+                        begin(start)
+                except SmoeError as error:
+                    problem = error
+            if nothing is not None:
+                print(nothing, file=sys.stderr)
+            go_on = process.broadcast_object(problem is None and nothing is None)
+            if problem is not None:
+                raise problem
+            if go_on:
+                log_to(run_folder / LOGS)
+                train_worker(run_folder, options.resume, stop, process)
 
-    return exit_code_of(work, run_folder / LOGS)
-
-
-def _check_start(recipe: Recipe, run_folder: Path, resume: str) -> None:
-    """Reads the data, and refuses what cannot be resumed, before anything is written to the run folder."""
-    checkpoint = _starting_point(run_folder, resume)
-    tokens = _prepare_data(recipe)
-    if checkpoint is not None:
-        from smoe_train.assembly import check_identity, identity
-
-        check_identity(identity(recipe, tokens), checkpoint)
-
-
-def _starting_point(run_folder: Path, resume: str) -> Checkpoint | None:
-    """Returns a checkpoint of the run that shall go on, or None to start anew; workers verify and choose again."""
-    if resume == "never" or (resume == "auto" and not (run_folder / RECIPE).is_file()):
-        return None
-    from smoe_train.checkpoint import Checkpoint
-
-    if resume != "auto":
-        checkpoint = Checkpoint.open(Path(resume))
-        checkpoint.verify()
-        return checkpoint
-    store = store_of(run_folder)
-    for path in store.complete():
-        with contextlib.suppress(CheckpointError):
-            return Checkpoint.open(path)
-    leftovers = sorted(path.name for path in store.folder.glob("step-*"))
-    if leftovers:
-        raise CheckpointError(
-            f"{run_folder}: has checkpoints but none is complete ({', '.join(leftovers)}); remove them to start again"
-        )
-    return None
-
-
-def _prepare_data(recipe: Recipe) -> TokenStore:
-    """Reads and tokenizes the data once, here, where a mistake ends in one message."""
-    from smoe_train.data import prepare
-
-    tokens = prepare(recipe.data, recipe.tokenizer)
-    counts = ", ".join(f"{split} {len(tokens.tokens(split)):,}" for split in tokens.splits)
-    print(f"data {recipe.data.source}: tokens {counts}", file=sys.stderr)
-    return tokens
+        leave(run_worker(work, logs=None))

@@ -10,42 +10,48 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from smoe_train.assembly import CHECKPOINTS, build_trainer, check_identity, open_journal, start_process
+from smoe_train.assembly import build_trainer, check_identity, open_journal, start_process
 from smoe_train.checkpoint import Checkpoint, CheckpointStore
 from smoe_train.cli.launch import die_with_parent, write_worker_error
 from smoe_train.cli.run_folder import LOGS, RECIPE
+from smoe_train.data import prepare
 from smoe_train.errors import SmoeError
 from smoe_train.recipe import Recipe, load_recipe
 from smoe_train.reporting import environment, write_environment, write_report
 from smoe_train.training.stop import StopRequest
 from smoe_train.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from smoe_train.parallel.process import Process
+
 logger = logging.getLogger("smoe_train")
+logger.addHandler(logging.NullHandler())  # without one, Python would print what is logged
 
 
-def train_worker(run_folder: Path, resume: str, stop: StopRequest) -> None:
+def train_worker(run_folder: Path, resume: str, stop: StopRequest, process: Process | None = None) -> None:
     """Trains the recipe of a run folder to its end, together with the other ranks.
 
     Args:
         run_folder: Holds ``recipe.yaml``.
         resume: ``auto``, ``never``, or the path of a checkpoint.
         stop: Whether the run was asked to stop.
+        process: This process, if it has been started already.
     """
     recipe = load_recipe(str(run_folder / RECIPE))
-    process = start_process(recipe)
+    process = process or start_process(recipe)
     trainer = build_trainer(recipe, process, run_folder, stop)
     try:
         checkpoint = choose_checkpoint(trainer.store, resume)
         if checkpoint is not None:
-            check_identity(trainer.identity, checkpoint)
+            check_identity(recipe, prepare(recipe.data, recipe.tokenizer), checkpoint)
             trainer.resume(checkpoint)
         step = checkpoint.step if checkpoint is not None else None
         logger.info("rank %d of %d starts at step %d", process.rank, process.world_size, step or 0)
         if process.is_first:
             _record_environment(recipe, run_folder, trainer)
-            own = checkpoint is None or checkpoint.path.parent.resolve() == (run_folder / CHECKPOINTS).resolve()
+            own = checkpoint is None or trainer.store.holds(checkpoint)
             trainer.journal = open_journal(recipe, run_folder, step if own else None)
             if step is not None:
                 trainer.journal.note(f"resumed from {checkpoint.path if checkpoint else ''}")
@@ -54,7 +60,7 @@ def train_worker(run_folder: Path, resume: str, stop: StopRequest) -> None:
         if trainer.journal is not None:
             trainer.journal.close()
     if process.is_first:
-        write_report(run_folder)
+        _write_report(run_folder)
     process.barrier()
     trainer.engine.close()
     process.stop()
@@ -71,9 +77,16 @@ def choose_checkpoint(store: CheckpointStore, resume: str) -> Checkpoint | None:
     return checkpoint
 
 
-def _record_environment(recipe: Recipe, run_folder: Path, trainer: Trainer) -> None:
-    from smoe_train.data import prepare
+def _write_report(run_folder: Path) -> None:
+    """Writes the report; a run that has trained to its end does not fail for lack of one."""
+    try:
+        write_report(run_folder)
+    except (SmoeError, OSError) as error:
+        logger.warning("no report: %s", error)
+        print(f"warning: no report: {error}; try `smoe-train report {run_folder}`", file=sys.stderr)
 
+
+def _record_environment(recipe: Recipe, run_folder: Path, trainer: Trainer) -> None:
     topology = {
         "world_size": trainer.process.world_size,
         "expert_parallel_size": trainer.expert_parallel_size,
@@ -94,21 +107,29 @@ def log_to(logs: Path) -> None:
     logger.setLevel(logging.INFO)
 
 
-def exit_code_of(work: Callable[[], None], logs: Path) -> int:
-    """Runs a launched worker's work; what goes wrong is left in ``logs`` for the parent, and its exit code returned."""
-    log_to(logs)
+def run_worker(work: Callable[[], None], logs: Path | None) -> int:
+    """Runs a worker's work and returns its exit code.
+
+    Args:
+        work: What to do.
+        logs: Where to leave word for the parent of what went wrong; None prints it, as there is no parent of ours.
+    """
     rank = int(os.environ["RANK"])
     try:
         work()
     except SmoeError as error:
-        logger.error("%s", error)
-        write_worker_error(logs, rank, error.exit_code, str(error))
-        return error.exit_code
+        code, message = error.exit_code, str(error)
+        logger.error("%s", message)
     except Exception:
+        code, message = 1, traceback.format_exc()
         logger.exception("failed")
-        write_worker_error(logs, rank, 1, traceback.format_exc())
-        return 1
-    return 0
+    else:
+        return 0
+    if logs is None:
+        print(f"rank {rank}: {message}", file=sys.stderr)
+    else:
+        write_worker_error(logs, rank, code, message)
+    return code
 
 
 def main() -> None:
@@ -121,7 +142,9 @@ def main() -> None:
     arguments = parser.parse_args()
     stop = StopRequest()
     stop.listen(second_ends=False)  # the parent kills on a second one; a scheduler may signal workers too
-    leave(exit_code_of(lambda: train_worker(arguments.run_folder, arguments.resume, stop), arguments.run_folder / LOGS))
+    logs = arguments.run_folder / LOGS
+    log_to(logs)
+    leave(run_worker(lambda: train_worker(arguments.run_folder, arguments.resume, stop), logs))
 
 
 def leave(code: int) -> NoReturn:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_train.data.loader import IGNORED_LABEL, MicroBatch
+from smoe_train.data.loader import IGNORED_LABEL, EvaluationBatches
 from smoe_train.routing.contract import same_on_one_rank
 from smoe_train.schedules import Knobs
 
@@ -50,7 +50,7 @@ class LanguageModelScore:
 
 def evaluate_language_model(
     model: nn.Module,
-    batches: Iterable[MicroBatch],
+    batches: EvaluationBatches,
     top_k_values: Sequence[int],
     bytes_per_token: float,
     step: int,
@@ -76,12 +76,15 @@ def evaluate_language_model(
     sums = {top_k: torch.zeros(2, dtype=torch.float64, device=device) for top_k in top_k_values}
     routing: dict[int, StatSums] = {top_k: {} for top_k in top_k_values}
     with torch.no_grad():
-        for host_batch in batches:
+        for index, host_batch in enumerate(batches):
             batch = host_batch.to(device)
+            # Only the last batch holds padding, on any rank. The ranks must agree on whether there is a mask, since
+            # counting its tokens is a collective; without one, attention takes the kernel it takes in training.
+            mask = batch.token_mask_BS if index + 1 == len(batches) else None
             for top_k in sums:
                 output = model(
                     input_ids=batch.input_ids_BS,
-                    attention_mask=batch.token_mask_BS,
+                    attention_mask=mask,
                     knobs=Knobs(step, top_k),
                     sample_index=batch.sample_index_B,
                     use_cache=False,

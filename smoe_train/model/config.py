@@ -16,7 +16,8 @@ class MoeConfig(StrictModel):
     """The mixture-of-experts layers."""
 
     layers: Literal["all"] | tuple[int, ...] = "all"
-    """Indices of the layers whose feed-forward is a mixture of experts; an empty list gives a dense model."""
+    """Indices of the layers whose feed-forward is a mixture of experts; an empty list gives the dense twin of a recipe,
+    in which the other options of this section rest."""
     num_experts: int = Field(8, ge=1)
     """Routed experts a layer."""
     d_ff: int = Field(512, ge=1)

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from smoe_train.model.feed_forward import StackedExperts
-from smoe_train.parallel.dispatch_plan import run_experts
+from smoe_train.parallel.dispatch_plan import DispatchPlan, plan_dispatch, row_multiple, run_planned
 
 MakeExperts = Callable[[range], StackedExperts]
+
+
+class ExpertBank(Protocol):
+    """Runs experts in two parts, so that a recomputation in the backward pass repeats the second alone."""
+
+    def plan(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Any:
+        """Decides where each token goes; agrees on sizes with other ranks if there are some.
+
+        Args:
+            x_TD: The tokens; only shape, dtype and device count.
+            expert_ids_TK: int64 global expert ids, negative in empty slots.
+        """
+        ...
+
+    def run(self, x_TD: Tensor, plan: Any) -> Tensor:
+        """Returns the uncombined outputs [T, K, D] in slot order, zero in empty slots."""
+        ...
 
 
 class BankFactory(Protocol):
     """Builds the bank of one layer from the number of experts and a way to make any range of them."""
 
     def __call__(self, num_experts: int, make_experts: MakeExperts) -> nn.Module:
-        """Returns a module whose forward maps (x_TD, expert_ids_TK) to y_TKD."""
+        """Returns a module that is an `ExpertBank`."""
         ...
 
 
@@ -34,6 +51,14 @@ class LocalExpertBank(nn.Module):
         self.num_experts = num_experts
         self.experts = make_experts(range(num_experts))
 
+    def plan(self, x_TD: Tensor, expert_ids_TK: Tensor) -> DispatchPlan:
+        """Returns the order of the tokens by expert."""
+        return plan_dispatch(expert_ids_TK, self.num_experts, row_multiple(x_TD))
+
+    def run(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots."""
+        return run_planned(self.experts, x_TD, plan)
+
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots (id < 0)."""
-        return run_experts(self.experts, x_TD, expert_ids_TK, self.num_experts)
+        """Plans and runs."""
+        return self.run(x_TD, self.plan(x_TD, expert_ids_TK))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,24 +17,25 @@ class MoeLayer(nn.Module):
 
     Args:
         router: The layer's routing policy.
-        bank: Runs the experts, here or on other ranks.
+        bank: The `ExpertBank` that runs the experts, here or on other ranks.
     """
 
     def __init__(self, router: Router, bank: nn.Module) -> None:
         super().__init__()
         self.router = router
-        self.bank = bank
+        self.bank: Any = bank
         self.recompute = False
 
     def forward(self, x_TD: Tensor, token_ids_T: Tensor, context: Context) -> Merged:
         """Returns the combined outputs, losses and stats of one pass.
 
-        With ``recompute`` the experts' activations are computed again in the backward pass. The routing is not: it
-        happens once, outside, and the recomputation replays it.
+        With ``recompute`` the experts' activations are computed again in the backward pass. The routing and the plan
+        of who gets which token are not: they are made once, outside, and the recomputation replays them.
         """
         assignment = self.router.assign(x_TD, token_ids_T, context)
+        plan = self.bank.plan(x_TD, assignment.expert_ids_TK)
         if self.recompute and self.training:
-            y_TKD = checkpoint(self.bank, x_TD, assignment.expert_ids_TK, use_reentrant=False)
+            y_TKD = checkpoint(self.bank.run, x_TD, plan, use_reentrant=False)
         else:
-            y_TKD = self.bank(x_TD, assignment.expert_ids_TK)
+            y_TKD = self.bank.run(x_TD, plan)
         return self.router.merge(assignment, y_TKD, context)

@@ -8,6 +8,7 @@ dispatch, its checkpoint files) is left out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,32 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from smoe_train.parallel.all_to_all import all_to_all, exchange
-from smoe_train.parallel.dispatch_plan import plan_dispatch, run_experts, to_expert_order, to_slot_order
+from smoe_train.parallel.dispatch_plan import (
+    DispatchPlan,
+    plan_dispatch,
+    row_multiple,
+    run_planned,
+    to_expert_order,
+    to_slot_order,
+)
 from smoe_train.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """How the tokens of one layer reach their experts and come back.
+
+    Attributes:
+        home: Order of this rank's tokens by global expert.
+        send_rows: Rows for each rank of the group.
+        receive_rows: Rows from each rank of the group.
+        here: Order of the received rows by expert of this rank.
+    """
+
+    home: DispatchPlan
+    send_rows: list[int]
+    receive_rows: list[int]
+    here: DispatchPlan
 
 
 class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
@@ -55,22 +80,34 @@ class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
             groups._create_expert_and_data_parallel(self.ep_size)
         self._group = groups._get_expert_parallel_group(self.expert_group_name)
 
-    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots (id < 0)."""
+    def plan(self, x_TD: Tensor, expert_ids_TK: Tensor) -> ExchangePlan:
+        """Agrees with the other ranks on who sends how many rows to whom."""
         if self.ep_size == 1:
-            return run_experts(self.experts, x_TD, expert_ids_TK, self.num_experts)
-        plan = plan_dispatch(expert_ids_TK, self.num_experts)
-        sent_RL = plan.rows_per_expert_E.view(self.ep_size, self.num_local_experts)
+            home = plan_dispatch(expert_ids_TK, self.num_experts, row_multiple(x_TD))
+            return ExchangePlan(home, [], [], home)
+        home = plan_dispatch(expert_ids_TK, self.num_experts)
+        sent_RL = home.rows_per_expert_E.view(self.ep_size, self.num_local_experts)
         even = [1] * self.ep_size
         received_RL = exchange(sent_RL, even, even, self._group)
         send_rows, receive_rows = torch.stack([sent_RL.sum(1), received_RL.sum(1)]).tolist()
-        rows = to_expert_order(x_TD, plan)[: sum(send_rows)]
-        rows = all_to_all(rows, send_rows, receive_rows, self._group)
-        local_ids = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
+        local_ids = torch.arange(self.num_local_experts, device=x_TD.device).repeat(self.ep_size)
         local_ids = local_ids.repeat_interleave(received_RL.flatten(), output_size=sum(receive_rows))
-        outputs = run_experts(self.experts, rows, local_ids.unsqueeze(1), self.num_local_experts).squeeze(1)
-        returned = all_to_all(outputs, receive_rows, send_rows, self._group)
-        if returned.shape[0] < plan.num_rows:  # empty slots were not sent
-            missing = returned.new_zeros(plan.num_rows - returned.shape[0], returned.shape[1])
+        here = plan_dispatch(local_ids.unsqueeze(1), self.num_local_experts, row_multiple(x_TD))
+        return ExchangePlan(home, send_rows, receive_rows, here)
+
+    def run(self, x_TD: Tensor, plan: ExchangePlan) -> Tensor:
+        """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots."""
+        if self.ep_size == 1:
+            return run_planned(self.experts, x_TD, plan.home)
+        rows = to_expert_order(x_TD, plan.home)[: sum(plan.send_rows)]
+        rows = all_to_all(rows, plan.send_rows, plan.receive_rows, self._group)
+        outputs = run_planned(self.experts, rows, plan.here).squeeze(1)
+        returned = all_to_all(outputs, plan.receive_rows, plan.send_rows, self._group)
+        if returned.shape[0] < plan.home.num_rows:  # empty slots were not sent
+            missing = returned.new_zeros(plan.home.num_rows - returned.shape[0], returned.shape[1])
             returned = torch.cat([returned, missing])
-        return to_slot_order(returned, plan)
+        return to_slot_order(returned, plan.home)
+
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """Plans and runs."""
+        return self.run(x_TD, self.plan(x_TD, expert_ids_TK))

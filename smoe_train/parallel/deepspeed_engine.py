@@ -79,6 +79,7 @@ class DeepSpeedEngine:
                 "gradient_clipping": 0.0 if self._clip_here or clip_norm is None else clip_norm,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**31,
+                "timers": {"throughput": {"enabled": False}},  # it synchronises the device at every micro-batch
             },
             dist_init_required=False,
         )

@@ -30,8 +30,8 @@ class DispatchPlan:
             CPU, they hold ``num_rows``; elsewhere a row behind the last expert's.
         valid_TK: False in empty slots.
         rows_per_expert_E: int64, rows of each expert, rounded up to the row multiple.
-        num_rows: R, rows of the sorted buffer: on the CPU as many as the experts have, elsewhere N + E * (multiple - 1),
-            which needs no look at the data.
+        num_rows: R, rows of the sorted buffer: on the CPU as many as the experts have, elsewhere
+            N + E * (multiple - 1), which needs no look at the data.
     """
 
     row_of_slot_TK: Tensor
@@ -150,18 +150,21 @@ def to_slot_order(y_RD: Tensor, plan: DispatchPlan) -> Tensor:
     return y_TKD
 
 
-def run_experts(experts: Experts, x_TD: Tensor, expert_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Runs stacked experts on tokens and returns their uncombined outputs.
+def run_planned(experts: Experts, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Runs stacked experts on tokens as planned and returns their uncombined outputs [T, K, D].
 
     Args:
         experts: Maps (rows sorted by expert [R, D], int64 rows of each expert [E], which sum to R) to outputs [R, D].
         x_TD: Tokens.
-        expert_ids_TK: int64 indices into the stacked experts, negative for an empty slot.
-        num_experts: Number of stacked experts.
+        plan: Where each slot's token goes.
     """
-    plan = plan_dispatch(expert_ids_TK, num_experts, row_multiple(x_TD))
     rows_E = plan.rows_per_expert_E
     # What lies behind the last expert's rows is given to it: defined values cost less than a look at the sizes, and
     # nothing undefined can reach a gradient.
     rows_E = torch.cat([rows_E[:-1], (plan.num_rows - rows_E[:-1].sum()).unsqueeze(0)])
     return to_slot_order(experts(to_expert_order(x_TD, plan), rows_E), plan)
+
+
+def run_experts(experts: Experts, x_TD: Tensor, expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Plans and runs: see `plan_dispatch` and `run_planned`."""
+    return run_planned(experts, x_TD, plan_dispatch(expert_ids_TK, num_experts, row_multiple(x_TD)))

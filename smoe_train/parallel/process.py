@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from smoe_train.errors import LaunchError
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -41,7 +44,17 @@ class Process:
 
     @classmethod
     def start(cls) -> Process:
-        """Joins the process group that RANK, WORLD_SIZE, ... describe, or one of this process if they are not set."""
+        """Joins the process group that RANK, WORLD_SIZE, ... describe, or one of this process if they are not set.
+
+        Raises:
+            LaunchError: Some of the variables are missing, or this host has no such accelerator.
+        """
+        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
+        if launched and missing:
+            raise LaunchError(
+                f"RANK and WORLD_SIZE are set but {', '.join(missing)} not: start workers with a launcher"
+            )
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find, without its warning
         import deepspeed
@@ -53,11 +66,16 @@ class Process:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cpu")
         if accelerator.device_name() != "cpu":
+            if local_rank >= accelerator.device_count():
+                raise LaunchError(
+                    f"local rank {local_rank}: this host has {accelerator.device_count()} accelerator(s); "
+                    "start at most as many processes a host"
+                )
             accelerator.set_device(local_rank)
             device = torch.device(accelerator.device_name(local_rank))
         if not dist.is_initialized():
             backend = accelerator.communication_backend_name()
-            if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            if launched:
                 dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
             else:
                 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine insists on it

@@ -21,7 +21,8 @@ class ParallelConfig(StrictModel):
     zero_stage: int = Field(1, ge=0, le=3)
     """ZeRO stage 0, 1 (optimizer states partitioned) or 2 (gradients too). Stage 3 is refused: see the message."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of weights and activations; with bf16 the optimizer keeps fp32 master weights. Routers compute in fp32."""
+    """Dtype of weights and activations; with bf16 the optimizer keeps fp32 master weights. Routers compute in fp32.
+    With bf16 the gradients of a step's micro-batches are added up in bf16 too: prefer few, large micro-batches."""
 
 
 @dataclass(frozen=True)

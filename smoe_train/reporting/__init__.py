@@ -2,7 +2,7 @@
 
 from smoe_train.reporting.config import ReportingConfig, WandbConfig
 from smoe_train.reporting.environment import environment, write_environment
-from smoe_train.reporting.journal import Journal
+from smoe_train.reporting.journal import Journal, check_sinks
 from smoe_train.reporting.records import METRICS, ROUTING, Record, read_records
 from smoe_train.reporting.report import write_report
 
@@ -13,6 +13,7 @@ __all__ = [
     "Record",
     "ReportingConfig",
     "WandbConfig",
+    "check_sinks",
     "environment",
     "read_records",
     "write_environment",

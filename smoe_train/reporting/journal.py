@@ -17,6 +17,19 @@ from smoe_train.reporting.sinks import Background, ConsoleSink, JsonLines, Sink,
 CLOSE_SECONDS = 0.8
 
 
+def check_sinks(config: ReportingConfig) -> None:
+    """Checks that what the recipe wants to write to is installed.
+
+    Raises:
+        SmoeError: It is not; the message says how to get it.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise SmoeError(
+            "reporting.tensorboard: is true, but TensorBoard is not installed; "
+            "run `pip install 'smoe_train[tensorboard]'` or set it to false"
+        )
+
+
 class Journal:
     """Writes the record of a run to disk and shows it elsewhere.
 
@@ -48,11 +61,7 @@ class Journal:
         recipe: Mapping[str, Any],
         resume_from_step: int | None,
     ) -> None:
-        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise SmoeError(
-                "reporting.tensorboard: is true, but TensorBoard is not installed; "
-                "run `pip install 'smoe_train[tensorboard]'` or set it to false"
-            )
+        check_sinks(config)
         self._metrics = JsonLines(run_folder / METRICS, resume_from_step)
         self._routing = JsonLines(run_folder / ROUTING, resume_from_step)
         sinks: list[Sink] = [

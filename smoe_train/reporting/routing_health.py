@@ -12,18 +12,20 @@ def routing_record(sums: Mapping[str, Sequence[float] | float], top_k: int) -> d
 
     Args:
         sums: ``slots_E``, ``probability_E``, ``tokens``, ``entropy`` and ``margin``, summed over tokens, micro-batches
-            and ranks; see `smoe_train.routing.losses.routing_stats`.
+            and ranks; see `smoe_train.routing.losses.routing_stats`. ``wanted_slots``, tokens times their k, is needed
+            where k changed in between.
         top_k: Experts a token that the router aimed at.
 
     Returns:
         ``load`` (shares of the routed slots), ``load_max_over_mean`` (1 is balanced, E is collapsed), ``entropy``
         (nats, mean of the tokens' router entropies) and ``entropy_normalised`` (by ln E), ``load_entropy_normalised``
         (entropy of the load by ln E), ``dead_experts`` (no slot at all), ``top1_margin`` (mean p_first - p_second)
-        and ``experts_per_token``.
+        ``experts_per_token``, and ``dropped_share`` (wanted slots that no expert received).
     """
     slots = [float(value) for value in _sequence(sums["slots_E"])]
     tokens = max(_number(sums["tokens"]), 1.0)
     total = sum(slots)
+    wanted = _number(sums.get("wanted_slots", tokens * top_k))
     num_experts = len(slots)
     load = [value / total if total else 0.0 for value in slots]
     scale = math.log(num_experts) if num_experts > 1 else 1.0
@@ -38,7 +40,7 @@ def routing_record(sums: Mapping[str, Sequence[float] | float], top_k: int) -> d
         "dead_experts": sum(value == 0.0 for value in slots),
         "top1_margin": _number(sums["margin"]) / tokens,
         "experts_per_token": total / tokens,
-        "dropped_share": max(0.0, 1.0 - total / (tokens * top_k)),
+        "dropped_share": max(0.0, 1.0 - total / max(wanted, 1.0)),
     }
 
 

@@ -24,13 +24,15 @@ TopKForm = Literal[
 EXPONENTIAL_DECAY = 0.99
 EXPONENTIAL_STAGES = 300
 MULTI_STEPS = 5
+LARGEST_MULTI_STEP = 2 ** (MULTI_STEPS - 1)
 
 
 class TopKScheduleConfig(StrictModel):
     """How the number of experts a token changes over training (SMoE-Dropout 2303.01610, HyperRouter 2312.07035)."""
 
     form: TopKForm = "linear_increase"
-    """Shape of the change; ``*_increase`` goes from ``low`` to ``high``, ``*_decrease`` from ``high`` to ``low``."""
+    """Shape of the change; ``*_increase`` goes from ``low`` to ``high``, ``*_decrease`` from ``high`` to ``low``. As in
+    the released code, ``exponential`` stops 5 % short of its goal, and ``multi_step`` goes through 1, 2, 4, 8, 16."""
     low: int = Field(ge=1)
     """Fewest experts a token."""
     high: int = Field(ge=1)

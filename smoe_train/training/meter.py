@@ -56,6 +56,10 @@ class Meter:
         self._facts.append(dict(facts))
         stats, self._step_stats, self._micro = self._step_stats, {}, []
         add_stats(self._routing, stats)
+        # A policy may use fewer slots than k on purpose or by a limit; k itself may change within the window.
+        add_stats(
+            self._routing, {layer: {"wanted_slots": sums["tokens"] * facts["top_k"]} for layer, sums in stats.items()}
+        )
         return stats
 
     def read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

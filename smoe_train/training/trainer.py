@@ -54,6 +54,7 @@ class Trainer:
         store: Where checkpoints go.
         journal: Where records go; None on all ranks but the first.
         identity: What a checkpoint must agree on to be resumed, saved with it.
+        score_key: What a validation loss was measured on; losses with different keys are not compared.
         stop: Whether the run was asked to stop.
         state: Where training stands.
     """
@@ -76,6 +77,7 @@ class Trainer:
     store: CheckpointStore
     journal: Journal | None
     identity: dict[str, Any]
+    score_key: list[Any]
     stop: StopRequest = field(default_factory=StopRequest)
     state: TrainState = field(default_factory=TrainState)
 
@@ -83,6 +85,10 @@ class Trainer:
         """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
         restore(self.engine, checkpoint, self.process.rank, self.seed, self.process.device)
         self.state = TrainState.from_json(checkpoint.state["train"])
+        # What was best counts on only if it was measured alike and its checkpoint is one of this run's.
+        comparable = checkpoint.state["score_key"] == self.score_key and self.store.holds(checkpoint)
+        if not (comparable and self.store.restore_best(self.state.best_step)):
+            self.state.best_loss, self.state.best_step = None, None
 
     def train(self) -> TrainState:
         """Trains to the last step and returns where training stands.
@@ -135,18 +141,18 @@ class Trainer:
         return state
 
     def _record(self, meter: Meter) -> None:
-        """Reads the meter, refuses to go on without finite numbers, and writes the records."""
+        """Reads the meter, writes the records, and refuses to go on without finite numbers."""
         steps, routing = meter.read()
         ratio = math.log(2.0) * self.bytes_per_token["train"]
-        for record in steps:
-            # A step may have a finite loss and a gradient that is not, which only its successors' losses would show.
-            self._require_finite("training loss", record["loss"], record["step"])
-            self._require_finite("gradient norm", record["gradient_norm"], record["step"])
         if self.journal is not None:
             self.journal.metrics(
                 [{"split": "train", **record, "bits_per_byte": record["loss"] / ratio} for record in steps]
             )
             self.journal.routing([{"step": self.state.step, "split": "train", **record} for record in routing])
+        for record in steps:
+            # A step may have a finite loss and a gradient that is not, which only its successors' losses would show.
+            self._require_finite("training loss", record["loss"], record["step"])
+            self._require_finite("gradient norm", record["gradient_norm"], record["step"])
 
     def _require_finite(self, name: str, value: float | None, step: int) -> None:
         if value is not None and not math.isfinite(value):  # DeepSpeed has no norm for a step that it skipped
@@ -191,6 +197,7 @@ class Trainer:
             "world_size": self.process.world_size,
             "expert_parallel_size": self.expert_parallel_size,
             "identity": self.identity,
+            "score_key": self.score_key,
         }
         path = self.store.save(self.state.step, files, state, best)
         if self.journal is not None:

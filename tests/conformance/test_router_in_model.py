@@ -69,10 +69,10 @@ def test_recomputed_activations_are_bit_identical(case, norm_position):
     moe = model.model.layers[1].moe
     assign = moe.router.assign
     moe.router.assign = lambda *arguments: assignments.append(1) or assign(*arguments)
-    moe.bank.register_forward_pre_hook(lambda *_: calls.append("bank"))
+    moe.bank.experts.register_forward_pre_hook(lambda *_: calls.append("experts"))
     model.recompute_activations()
     loss_again, recomputed = gradients(model, text(), 4)
-    assert calls == ["bank", "bank"]  # computed again in the backward pass, so the setting does something
+    assert calls == ["experts", "experts"]  # computed again in the backward pass, so the setting does something
     assert len(assignments) == 1  # but routed once
     assert torch.equal(loss, loss_again)
     assert stored.keys() == recomputed.keys()
@@ -81,7 +81,7 @@ def test_recomputed_activations_are_bit_identical(case, norm_position):
     model.recompute_activations(False)
     calls.clear()
     gradients(model, text(), 4)
-    assert calls == ["bank"]
+    assert calls == ["experts"]
     if "jitter" in type(case.options).model_fields:
         assert not torch.equal(gradients(model, text(), 5)[0], loss)  # another step, other noise
 

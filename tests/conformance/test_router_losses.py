@@ -101,8 +101,8 @@ def test_descending_the_balance_loss_balances(case):
         loss = router.losses(assign(router, x, context()), context())["load_balance_loss"]
         gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
         values.append(loss.item())
-        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
-        scale = 0.05 * math.sqrt(sum(float(p.square().sum()) for p in trainable)) / norm
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
+        scale = 0.05 * math.sqrt(sum(p.square().sum().item() for p in trainable)) / norm
         with torch.no_grad():
             for parameter, gradient in zip(trainable, gradients, strict=True):
                 if gradient is not None:
@@ -116,7 +116,7 @@ def test_a_coefficient_of_zero_contributes_nothing():
     losses = {"load_balance_loss": torch.tensor(3.0, requires_grad=True), "z_loss": torch.tensor(math.nan)}
     config = SmoeConfig(load_balance_coefficient=0.5, z_loss_coefficient=0.0)
     total = weighted_router_loss(losses, config)
-    assert float(total) == 1.5
+    assert total.item() == 1.5
     total.backward()
     assert float(losses["load_balance_loss"].grad) == 0.5
     none = SmoeConfig(load_balance_coefficient=0.0, z_loss_coefficient=0.0)
@@ -195,7 +195,7 @@ def test_local_counts_would_be_noticed():
     router, x = CASES[0].routers()[0], tokens(24)
     whole = load_balance_loss(assign(router, x, context()), context())
     local = [load_balance_loss(assign(router, part, context()), context()) for part in x.split(6)]
-    assert abs(float(torch.stack(local).mean() - whole)) > 1e-3
+    assert abs((torch.stack(local).mean() - whole).item()) > 1e-3
 
 
 @pytest.mark.parametrize("case", HAVE_Z, ids=str)
@@ -213,7 +213,7 @@ def test_token_averaged_losses_of_micro_batches(case):
         halves.append(router.losses(result, ctx)["z_loss"])
         own = dataclasses.replace(ctx, tokens_per_rank=None)
         # Not the own mean: that would weigh a half-empty micro-batch's tokens more.
-        assert abs(float(router.losses(result, own)["z_loss"] - halves[-1])) > 1e-3
+        assert abs((router.losses(result, own)["z_loss"] - halves[-1]).item()) > 1e-3
     torch.testing.assert_close(torch.stack(halves).mean(), whole, atol=1e-6, rtol=1e-5)
 
 

@@ -14,7 +14,7 @@ from support.tiny import tiny_recipe
 from smoe_train import assembly
 from smoe_train.checkpoint import Checkpoint
 from smoe_train.checkpoint.model_state import collect
-from smoe_train.errors import CheckpointError
+from smoe_train.errors import RunFailedError
 from smoe_train.recipe import Recipe
 from smoe_train.reporting import METRICS, read_records
 
@@ -157,7 +157,7 @@ def save_with_a_full_disk(recipe: Recipe, folder: Path) -> str:
     store.save_file = failing
     try:
         trainer.train()
-    except CheckpointError as error:
+    except RunFailedError as error:
         return str(error)
     return ""
 

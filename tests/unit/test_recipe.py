@@ -152,17 +152,22 @@ def test_recipes_to_be_extended_only_are_not_listed():
 def test_the_identity_changes_with_what_a_checkpoint_cannot_outlive():
     base = recipe()
     same = recipe(
-        name="x", training={"max_steps": 5}, learning_rate={"peak": 0.5}, parallel={"zero_stage": 2}, optimizer={}
+        name="x",
+        training={"max_steps": 5},
+        learning_rate={"peak": 0.5},
+        parallel={"zero_stage": 2},
+        optimizer={},
+        model={"dropout": 0.1, "moe": {"top_k": 3, "load_balance_coefficient": 0.5}},
     )
     assert same.identity() == base.identity()
-    for section, change in {
+    for key, change in {
         "seed": {"seed": 1},
-        "model": {"model": {"dropout": 0.1}},
+        "model.d_model": {"model": {"d_model": 128}},
         "training.sequence_length": {"training": {"sequence_length": 8}},
         "training.global_batch_size": {"training": {"global_batch_size": 32}},
     }.items():
         changed = recipe(**change).identity()
-        assert {key for key in changed if changed[key] != base.identity()[key]} == {section}
+        assert {name for name in changed if changed[name] != base.identity()[name]} == {key}
 
 
 # Contradictions between settings

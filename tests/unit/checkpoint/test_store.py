@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import smoe_train.checkpoint.store as store_module
 from smoe_train.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, sha256, step_name
-from smoe_train.errors import CheckpointError
+from smoe_train.errors import CheckpointError, RunFailedError
 
 
 class Alone:
@@ -205,7 +205,7 @@ def crash_points(tmp_path, error, after, prepare):
             left = fail_at(patch, count, error, after)
             try:
                 save(store_in(folder, keep_last=2), 30, best=True)
-            except (Crash, CheckpointError):
+            except (Crash, RunFailedError):
                 failed = True
         if left[0] >= 0:
             assert count > 15, "a save has more calls than that; is the fault injected at all?"
@@ -259,7 +259,7 @@ def test_a_failed_save_says_what_and_where_and_leaves_nothing(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_module, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"step-00000030: could not be written: rank 0: OSError: .*No space left"):
+    with pytest.raises(RunFailedError, match=r"step-00000030: could not be written: rank 0: OSError: .*No space left"):
         save(store_in(tmp_path), 30)
     assert names(tmp_path) == before
 
@@ -557,7 +557,7 @@ def test_one_failing_rank_fails_all_and_commits_nothing(tmp_path, failing):
         return {"no/such/folder.safetensors": {"x": torch.zeros(1)}} if rank == failing else files(rank, rank)
 
     outcomes = save_together(tmp_path, 3, 6, write)
-    assert [type(outcome) for outcome in outcomes] == [CheckpointError] * 3
+    assert [type(outcome) for outcome in outcomes] == [RunFailedError] * 3
     assert all(f"step-00000006: could not be written: rank {failing}:" in str(outcome) for outcome in outcomes)
     assert names(tmp_path) == before
     assert newest(tmp_path)[0].step == 5
@@ -569,7 +569,7 @@ def test_a_commit_that_fails_on_the_first_rank_fails_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store_module, "write_text_durably", full)
     outcomes = save_together(tmp_path, 2, 6, lambda rank: files(rank, rank))
-    assert [type(outcome) for outcome in outcomes] == [CheckpointError] * 2
+    assert [type(outcome) for outcome in outcomes] == [RunFailedError] * 2
     assert names(tmp_path) == []
 
 

@@ -15,7 +15,7 @@ from smoe_train.recipe import load_recipe
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "runs" / "demo"
-    create(folder, load_recipe("demo"), "auto")
+    create(folder, load_recipe("demo"), keep_old=False)
     store = CheckpointStore(folder / CHECKPOINTS, OneRank(), 9)
     for step in (1, 2):
         store.save(step, {"shared.safetensors": {"x": torch.zeros(2)}}, {}, best=step == 1)
@@ -24,18 +24,18 @@ def run(tmp_path):
 
 def test_creating_writes_the_resolved_recipe_and_nothing_else(tmp_path):
     folder = tmp_path / "a" / "b"
-    create(folder, load_recipe("demo"), "never")
+    create(folder, load_recipe("demo"), keep_old=False)
     assert [path.name for path in folder.iterdir()] == [RECIPE]
     assert load_recipe(str(folder / RECIPE)) == load_recipe("demo")
 
 
-def test_an_existing_run_is_taken_up_or_refused(run):
+def test_an_existing_run_is_taken_up_and_its_recipe_kept(run):
     before = (run / RECIPE).read_text()
-    with pytest.raises(LaunchError, match="holds a run already; continue it with --resume auto"):
-        create(run, load_recipe("demo", ["seed=1"]), "never")
-    assert (run / RECIPE).read_text() == before
-    create(run, load_recipe("demo", ["training.max_steps=500"]), "auto")
-    assert load_recipe(str(run / RECIPE)).training.max_steps == 500
+    for steps in (500, 600):
+        create(run, load_recipe("demo", [f"training.max_steps={steps}"]), keep_old=True)
+    assert load_recipe(str(run / RECIPE)).training.max_steps == 600
+    assert (run / "recipe.before-1.yaml").read_text() == before
+    assert load_recipe(str(run / "recipe.before-2.yaml")).training.max_steps == 500
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -43,7 +43,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
         LaunchError, match=r"file/demo: cannot be written: Not a directory; choose another --output-dir"
     ):
-        create(tmp_path / "file" / "demo", load_recipe("demo"), "auto")
+        create(tmp_path / "file" / "demo", load_recipe("demo"), keep_old=False)
     with pytest.raises(LaunchError, match=r"file/demo: cannot be written"), held(tmp_path / "file" / "demo"):
         pytest.fail("held what cannot be written")
 

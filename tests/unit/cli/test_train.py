@@ -7,7 +7,7 @@ import pytest
 from support.command import smoe_train, write_recipe
 
 from smoe_train.checkpoint.store import Checkpoint
-from smoe_train.cli.run_folder import RECIPE, held
+from smoe_train.cli.run_folder import RECIPE, held, store_of
 from smoe_train.recipe import load_recipe
 from smoe_train.training.stop import StopRequest
 
@@ -183,24 +183,50 @@ def test_a_complete_run_can_be_lengthened(finished, run):
 
 
 @pytest.mark.parametrize(
-    ("override", "section"),
+    ("override", "named"),
     [
-        ("model.d_model=32", "model"),
-        ("model.dropout=0.5", "model"),
-        ("seed=8", "seed"),
-        ("training.sequence_length=8", "training.sequence_length"),
-        ("data.valid_fraction=0.2", "data"),
+        ("model.d_model=32", "  model.d_model: 16 in the checkpoint, 32 now"),
+        ("model.moe.router.hyper_hidden=9", "  model.moe.router.hyper_hidden: 8 in the checkpoint, 9 now"),
+        ("seed=8", "  seed: 7 in the checkpoint, 8 now"),
+        ("training.sequence_length=8", "  training.sequence_length: 16 in the checkpoint, 8 now"),
+        ("data.valid_fraction=0.2", "  data (sha256 of its training tokens): "),
     ],
 )
 @pytest.mark.parametrize("resume", ["auto", "path"])
-def test_another_run_is_not_resumed_and_nothing_is_touched(finished, run, override, section, resume):
+def test_another_run_is_not_resumed_and_nothing_is_touched(finished, run, override, named, resume):
     until(run, 4)
     before = snapshot(run)
     where = "auto" if resume == "auto" else run / "checkpoints" / "step-00000002"
     found = train(finished / "tiny.yaml", run.parent, "--resume", where, override)
     assert found.code == 2
-    assert f"was written by a run with another {section};" in found.err
+    assert "belongs to another run; use its recipe" in found.err
+    assert named in found.err
     assert snapshot(run) == before
+
+
+def test_rewinding_sets_the_abandoned_future_aside(finished, run):
+    """After a return to step 2, `--resume auto` must not jump to a later step of the abandoned timeline."""
+    found = train(
+        finished / "tiny.yaml", run.parent, "--resume", run / "checkpoints" / "step-00000002", "training.max_steps=3"
+    )
+    assert found.code == 0, found.err
+    assert "step-00000008 is later than the checkpoint to resume from" in found.err
+    assert "changed since the run was started: training.max_steps: 8 -> 3" in found.err
+    names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert names == ["step-00000002", "step-00000003"]
+    assert len(list((run / "checkpoints").glob("abandoned-step-*"))) == 3
+    assert load_recipe(str(run / "recipe.before-1.yaml")).training.max_steps == 8
+    assert [step for step, split, _ in losses(run) if split == "train"] == [1, 2, 3]
+    assert store_of(run).find("best").name == "step-00000003"
+
+
+def test_data_too_short_for_a_batch_leaves_no_folder(finished, tmp_path):
+    found = train(
+        finished / "tiny.yaml", tmp_path / "new", "training.global_batch_size=4096", "training.micro_batch_size=2"
+    )
+    assert found.code == 2
+    assert "too few for one global batch" in found.err
+    assert not (tmp_path / "new").exists()
 
 
 def test_never_is_for_new_runs(finished, run, tmp_path):

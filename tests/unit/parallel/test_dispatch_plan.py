@@ -133,7 +133,7 @@ def test_run_experts_is_each_expert_on_each_token(ids_TK, kind, d_ff, low):
     stacked = experts(kind, dtype, d_model=8, d_ff=d_ff, std=0.3)
     weights = {name: value.detach().double() for name, value in stacked.named_parameters()}
     x_TD = torch.randn(len(ids_TK), 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    y_TKD = LocalExpertBank.forward(type("Bank", (), {"experts": stacked, "num_experts": NUM_EXPERTS})(), x_TD, ids_TK)
+    y_TKD = LocalExpertBank(NUM_EXPERTS, lambda _: stacked)(x_TD, ids_TK)
     assert y_TKD.shape == (*ids_TK.shape, 8)
     assert y_TKD.dtype == dtype
     tolerance = 0.06 if low else 1e-5

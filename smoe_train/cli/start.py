@@ -1,0 +1,139 @@
+"""Where a run starts: decided once, before anything is written, for every way of launching it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from smoe_train.checkpoint import Checkpoint
+from smoe_train.cli.run_folder import RECIPE, create, store_of
+from smoe_train.data import TokenStore, prepare
+from smoe_train.errors import CheckpointError, LaunchError, RecipeError
+from smoe_train.recipe import Recipe, flat, load_recipe
+from smoe_train.reporting import check_sinks
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run about to be started or continued.
+
+    Attributes:
+        recipe: What it runs.
+        run_folder: Where it writes.
+        checkpoint: What it continues from, or None to start anew; workers verify it.
+        abandoned: Checkpoints of this run that are later than that one: another future, set aside.
+        changes: Settings that differ from those it was started with.
+    """
+
+    recipe: Recipe
+    run_folder: Path
+    checkpoint: Checkpoint | None
+    abandoned: tuple[Path, ...]
+    changes: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no step left to train."""
+        return self.checkpoint is not None and self.checkpoint.step >= self.recipe.training.max_steps
+
+    def nothing_to_do(self) -> str:
+        """Returns what to tell about a finished run."""
+        step = self.checkpoint.step if self.checkpoint is not None else 0
+        return (
+            f"run {self.run_folder}: is at step {step} of {self.recipe.training.max_steps}; nothing to do, "
+            "a larger training.max_steps goes on"
+        )
+
+
+def decide(recipe: Recipe, run_folder: Path, resume: str, world_size: int) -> Start:
+    """Checks everything that can be checked without a worker; writes nothing but the token store in the cache.
+
+    Args:
+        recipe: What to run.
+        run_folder: Where.
+        resume: ``auto``, ``never``, or the path of a checkpoint.
+        world_size: Number of processes.
+
+    Raises:
+        SmoeError: Data, checkpoint, recipe and run folder do not fit together.
+    """
+    from smoe_train.assembly import build_batches, check_identity
+
+    if resume == "never" and (run_folder / RECIPE).exists():
+        raise LaunchError(
+            f"{run_folder}: holds a run already; continue it with --resume auto, choose another name=..., or remove it"
+        )
+    checkpoint = _starting_point(run_folder, resume, recipe.training.max_steps)
+    check_sinks(recipe.reporting)
+    tokens = _prepare(recipe)
+    build_batches(recipe, tokens, 0, world_size)
+    if checkpoint is None:
+        return Start(recipe, run_folder, None, (), ())
+    check_identity(recipe, tokens, checkpoint)
+    store = store_of(run_folder)
+    abandoned = tuple(store.later_than(checkpoint.step)) if resume != "auto" and store.holds(checkpoint) else ()
+    return Start(recipe, run_folder, checkpoint, abandoned, _changes(recipe, run_folder))
+
+
+def begin(start: Start) -> None:
+    """Writes the run folder as decided and says what is special about it; the caller holds its lock.
+
+    Raises:
+        LaunchError: The folder cannot be written.
+    """
+    for path in start.abandoned:
+        aside = store_of(start.run_folder).set_aside(path)
+        _say(f"{path.name} is later than the checkpoint to resume from; it is now {aside.name}")
+    create(start.run_folder, start.recipe, keep_old=bool(start.changes))
+    for change in start.changes:
+        _say(f"changed since the run was started: {change}")
+
+
+def _starting_point(run_folder: Path, resume: str, max_steps: int) -> Checkpoint | None:
+    if resume == "never" or (resume == "auto" and not (run_folder / RECIPE).is_file()):
+        return None
+    if resume != "auto":
+        checkpoint = Checkpoint.open(Path(resume))
+        checkpoint.verify()
+        return checkpoint
+    store = store_of(run_folder)
+    for path in store.complete():
+        with contextlib.suppress(CheckpointError):
+            checkpoint = Checkpoint.open(path)
+            if checkpoint.step >= max_steps:
+                checkpoint.verify()  # no worker will: there is nothing left to do
+            return checkpoint
+    leftovers = sorted(path.name for path in store.folder.glob("step-*"))
+    if leftovers:
+        raise CheckpointError(
+            f"{run_folder}: has checkpoints but none is complete ({', '.join(leftovers)}); remove them to start again"
+        )
+    return None
+
+
+def _prepare(recipe: Recipe) -> TokenStore:
+    """Reads and tokenizes the data once, here, where a mistake ends in one message."""
+    tokens = prepare(recipe.data, recipe.tokenizer)
+    counts = ", ".join(f"{split} {len(tokens.tokens(split)):,}" for split in tokens.splits)
+    _say(f"data {recipe.data.source}: tokens {counts}")
+    return tokens
+
+
+def _changes(recipe: Recipe, run_folder: Path) -> tuple[str, ...]:
+    """Returns which settings differ from the recipe that the run folder holds."""
+    try:
+        before = flat(load_recipe(str(run_folder / RECIPE)).model_dump(mode="json"))
+    except RecipeError:  # written by another version, or damaged; the checkpoint itself has been compared
+        return (f"{RECIPE} of the run can no longer be read",) if (run_folder / RECIPE).is_file() else ()
+    now = flat(recipe.model_dump(mode="json"))
+    return tuple(
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
