@@ -52,7 +52,7 @@ docs: .venv/docs.stamp ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 docker: ## build the CPU and the CUDA image
-	docker build -f docker/Dockerfile.cpu -t smoe-train:cpu .
+	docker build -f docker/Dockerfile.cpu -t smoe-train:cpu --build-arg PIP_TORCH_ARGS="$(PIP_TORCH_ARGS)" .
 	docker build -f docker/Dockerfile.cuda -t smoe-train:cuda .
 
 clean: ## remove caches and built files; the environment and runs/ stay
