@@ -23,13 +23,11 @@ class Problem:
         where: File and line, or the override, that the value comes from.
         key: Dotted key path, e.g. ``model.moe.top_k``.
         message: What is wrong, what is allowed, what to do next.
-        involves: Further key paths that the check has read.
     """
 
     where: str
     key: str
     message: str
-    involves: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.where}: {self.key}: {self.message}" if self.key else f"{self.where}: {self.message}"

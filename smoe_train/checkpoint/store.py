@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smoe_train.durable import flush
 from smoe_train.errors import CheckpointError, RunFailedError
 
 CHECKPOINTS = "checkpoints"  # folder of a run that holds them
@@ -201,7 +202,7 @@ class CheckpointStore:
         }
         manifest["sha256"] = _text_sha256(_canonical(manifest))
         write_text_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        _sync_folder(temporary)
+        flush(temporary)
         final = self.folder / step_name(step)
         replaced = self.folder / f"{_REMOVED}{uuid.uuid4().hex}"
         if final.exists():
@@ -212,7 +213,7 @@ class CheckpointStore:
             if replaced.exists():
                 replaced.rename(final)
             raise
-        _sync_folder(self.folder)
+        flush(self.folder)
         self._point("latest", step)
         if best:
             self._point("best", step)
@@ -222,7 +223,7 @@ class CheckpointStore:
         temporary = self.folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex}"
         write_text_durably(temporary, step_name(step) + "\n")
         temporary.replace(self.folder / name)
-        _sync_folder(self.folder)
+        flush(self.folder)
 
     def _prune(self, newest: int) -> None:
         """Removes old checkpoints and what crashed saves have left.
@@ -376,11 +377,7 @@ def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dic
     for name, tensors in files.items():
         path = folder / name
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
         written[name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "tensors": sorted(tensors)}
     return written
 
@@ -396,11 +393,3 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
 def _first_problem(problems: list[str | None]) -> str | None:
     found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
     return found[0] if found else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

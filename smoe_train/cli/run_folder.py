@@ -8,7 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from smoe_train.checkpoint.store import CHECKPOINTS, MANIFEST, Checkpoint, CheckpointStore, write_text_durably
+from smoe_train.checkpoint.store import CHECKPOINTS, MANIFEST, Checkpoint, CheckpointStore
+from smoe_train.durable import write_file
 from smoe_train.errors import CheckpointError, LaunchError
 from smoe_train.recipe import Recipe, load_recipe
 
@@ -52,9 +53,7 @@ def create(run_folder: Path, recipe: Recipe, keep_old: bool) -> None:
         if keep_old and (run_folder / RECIPE).is_file():
             number = 1 + len(list(run_folder.glob("recipe.before-*.yaml")))
             (run_folder / RECIPE).rename(run_folder / f"recipe.before-{number}.yaml")
-        temporary = run_folder / f".{RECIPE}.tmp"
-        write_text_durably(temporary, recipe.to_yaml())
-        temporary.replace(run_folder / RECIPE)
+        write_file(run_folder / RECIPE, recipe.to_yaml().encode())
     except OSError as error:
         raise LaunchError(f"{run_folder}: cannot be written: {error.strerror}; choose another --output-dir") from error
 

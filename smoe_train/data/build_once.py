@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from smoe_train.durable import flush
 from smoe_train.errors import DataError
 
 QUICK_SECONDS = 2.0
@@ -60,19 +60,11 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
     try:
         build(partial)
         for path in [*partial.iterdir(), partial]:
-            _flush(path)
+            flush(path)
         if final.exists():
             logger.warning("%s is damaged or incomplete; it was built again", final)
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -163,8 +163,3 @@ def run_planned(experts: Experts, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     # nothing undefined can reach a gradient.
     rows_E = torch.cat([rows_E[:-1], (plan.num_rows - rows_E[:-1].sum()).unsqueeze(0)])
     return to_slot_order(experts(to_expert_order(x_TD, plan), rows_E), plan)
-
-
-def run_experts(experts: Experts, x_TD: Tensor, expert_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Plans and runs: see `plan_dispatch` and `run_planned`."""
-    return run_planned(experts, x_TD, plan_dispatch(expert_ids_TK, num_experts, row_multiple(x_TD)))

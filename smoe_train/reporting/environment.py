@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from smoe_train.reporting.atomic import write_file
+from smoe_train.durable import write_file
 
 ENVIRONMENT = "environment.json"
 

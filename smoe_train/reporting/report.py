@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from smoe_train.durable import write_file
 from smoe_train.errors import SmoeError
-from smoe_train.reporting.atomic import write_file
 from smoe_train.reporting.charts import draw
 from smoe_train.reporting.environment import ENVIRONMENT
 from smoe_train.reporting.records import METRICS, ROUTING, by_rank_in_step, read_records

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from smoe_train.durable import flush, replacing
 from smoe_train.errors import RunFailedError
-from smoe_train.reporting.atomic import replacing, sync_folder
 from smoe_train.reporting.records import Record, complete_lines, encode
 
 
@@ -38,7 +38,7 @@ class JsonLines:
                 self.set_aside = _free_name(path)
                 path.rename(self.set_aside)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            sync_folder(path.parent)
+            flush(path.parent)
         except OSError as error:
             raise self._failure(error) from error
 

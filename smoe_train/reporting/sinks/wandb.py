@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from smoe_train.reporting.atomic import write_file
+from smoe_train.durable import write_file
 from smoe_train.reporting.config import WandbConfig
 from smoe_train.reporting.records import Record, scalars_by_step
 

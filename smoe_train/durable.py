@@ -1,4 +1,4 @@
-"""Replacing a file so that a crash leaves the old or the new content, never a part."""
+"""Files that survive a crash: the old or the new content, never a part, and on the disk when a call returns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    flush(path.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -31,9 +31,9 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Makes the content of a file, or the names and renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
