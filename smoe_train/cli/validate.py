@@ -85,7 +85,8 @@ def _print(recipe: Recipe, plan: dict[str, Any]) -> None:
         ("weights_bytes", "weights"),
         ("gradients_bytes", "gradients"),
         ("optimizer_bytes", "optimizer state"),
-        ("model_state_bytes", "model state (activations come on top)"),
+        ("reduction_buffer_bytes", "gradient reduction buffer"),
+        ("model_state_bytes", "all of these (activations come on top)"),
     ):
         table.add_row(f"memory a rank, {label}", _size(cost[key]))
     table.add_row("all-to-all a rank and step, sent", _size(cost["all_to_all_bytes_per_step"]))

@@ -23,6 +23,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from smoe_train.parallel.footprint import LARGEST_BUCKET
 from smoe_train.parallel.process import Process
 from smoe_train.parallel.topology import ParallelConfig
 
@@ -61,8 +62,7 @@ class DeepSpeedEngine:
         self._linked = False
         self._stage = config.zero_stage
         self._clip_here = clip_norm if config.zero_stage == 0 else None
-        # DeepSpeed allocates its buckets whole, 2 GB at its default size, however small the model is.
-        bucket = min(5 * 10**8, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        bucket = min(LARGEST_BUCKET, sum(p.numel() for p in model.parameters() if p.requires_grad))
         split = split_params_into_different_moe_groups_for_optimizer([dict(group) for group in parameter_groups])
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,

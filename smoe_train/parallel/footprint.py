@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 
 from smoe_train.parallel.topology import ParallelConfig
 
+LARGEST_BUCKET = 5 * 10**8  # elements; DeepSpeed allocates its buckets whole, so small models get smaller ones
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -16,6 +18,7 @@ class Footprint:
         gradients_bytes: Their gradients; ZeRO 2 partitions them.
         optimizer_bytes: fp32 moments, and fp32 masters of bf16 weights; ZeRO 1 and 2 partition them. Under ZeRO the
             masters exist for fp32 weights too.
+        reduction_buffer_bytes: DeepSpeed's buffer for gradients on their way to other ranks, under ZeRO 1 and 2.
         all_to_all_bytes_per_step: Sent by one rank in one optimizer step over all MoE layers, if routing is balanced:
             tokens there and back, and their gradients.
     """
@@ -23,12 +26,13 @@ class Footprint:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    reduction_buffer_bytes: int
     all_to_all_bytes_per_step: int
 
     @property
     def model_state_bytes(self) -> int:
-        """Weights, gradients and optimizer state together; activations come on top."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        """Weights, gradients, optimizer state and buffer together; activations come on top."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.reduction_buffer_bytes
 
     def to_json(self) -> dict[str, int]:
         """Returns the figures by name."""
@@ -73,6 +77,7 @@ def footprint(
         weights_bytes=(whole + frozen) * element,
         gradients_bytes=(partitioned if zero >= 2 else whole) * element,
         optimizer_bytes=(partitioned if zero else whole) * states,
+        reduction_buffer_bytes=min(LARGEST_BUCKET, whole) * element if zero else 0,
         all_to_all_bytes_per_step=(
             4 * tokens_per_rank_and_step * top_k * d_model * element * moe_layers * (size - 1) // size
         ),

@@ -57,11 +57,13 @@ def test_a_plan_for_four_processes(recipe):
         "weights_bytes": 4 * (experts + SHARED),
         "gradients_bytes": 4 * (experts + SHARED),
         "optimizer_bytes": 12 * share,
+        "reduction_buffer_bytes": 4 * (experts + SHARED),
         # 32 tokens of a rank and step, at most 3 experts, 2 layers, half of it to the other rank, 4 directions.
         "all_to_all_bytes_per_step": 4 * 32 * 3 * 8 * 4 * 2 // 2,
     }
     bytes_of_rank["model_state_bytes"] = sum(
-        bytes_of_rank[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+        bytes_of_rank[name]
+        for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "reduction_buffer_bytes")
     )
     assert found == {
         "name": "r",

@@ -23,20 +23,21 @@ def cost(sizes=SIZES, **parallel):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "weights", "gradients", "optimizer"),
+    ("parallel", "weights", "gradients", "optimizer", "buffer"),
     [
         # A rank holds 400 + 100 trained parameters; of their state it owns 400/2 + 100/4 = 225.
-        ({"zero_stage": 0}, 507 * 4, 500 * 4, 500 * 8),
-        ({"zero_stage": 1}, 507 * 4, 500 * 4, 225 * 12),
-        ({"zero_stage": 2}, 507 * 4, 225 * 4, 225 * 12),
-        ({"zero_stage": 1, "precision": "bf16"}, 507 * 2, 500 * 2, 225 * 12),
-        ({"zero_stage": 2, "precision": "bf16"}, 507 * 2, 225 * 2, 225 * 12),
+        ({"zero_stage": 0}, 507 * 4, 500 * 4, 500 * 8, 0),
+        ({"zero_stage": 1}, 507 * 4, 500 * 4, 225 * 12, 500 * 4),
+        ({"zero_stage": 2}, 507 * 4, 225 * 4, 225 * 12, 500 * 4),
+        ({"zero_stage": 1, "precision": "bf16"}, 507 * 2, 500 * 2, 225 * 12, 500 * 2),
+        ({"zero_stage": 2, "precision": "bf16"}, 507 * 2, 225 * 2, 225 * 12, 500 * 2),
     ],
 )
-def test_memory(parallel, weights, gradients, optimizer):
+def test_memory(parallel, weights, gradients, optimizer, buffer):
     found = cost(**parallel)
     assert (found.weights_bytes, found.gradients_bytes, found.optimizer_bytes) == (weights, gradients, optimizer)
-    assert found.model_state_bytes == weights + gradients + optimizer
+    assert found.reduction_buffer_bytes == buffer
+    assert found.model_state_bytes == weights + gradients + optimizer + buffer
 
 
 def test_the_local_engine_keeps_everything_and_sends_nothing():
@@ -57,6 +58,7 @@ def test_json_has_every_figure():
         "weights_bytes": found.weights_bytes,
         "gradients_bytes": found.gradients_bytes,
         "optimizer_bytes": found.optimizer_bytes,
+        "reduction_buffer_bytes": found.reduction_buffer_bytes,
         "all_to_all_bytes_per_step": found.all_to_all_bytes_per_step,
         "model_state_bytes": found.model_state_bytes,
     }
