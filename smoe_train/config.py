@@ -57,18 +57,28 @@ class Layered:
     def where(self, key: str) -> str:
         """Returns the origin of ``key`` or of its nearest ancestor."""
         while key:
+            if any(self._is_override(f"{key}.{tag}") for tag in TAGS):
+                return COMMAND_LINE  # which has chosen what the block describes
             if key in self.origins:
                 return self.origins[key]
             key = key.rpartition(".")[0]
         return self.source
 
+    def overridden(self, key: str) -> bool:
+        """Returns whether an override has set ``key`` or anything in it."""
+        return any(self._is_override(one) and (one == key or one.startswith(f"{key}.")) for one in self.origins)
 
-def read_layers(path: Path, resolve: typing.Callable[[str, Path], Path]) -> Layered:
+    def _is_override(self, key: str) -> bool:
+        return self.origins.get(key) == COMMAND_LINE
+
+
+def read_layers(path: Path, resolve: typing.Callable[[str, Path], Path], own: frozenset[str] = frozenset()) -> Layered:
     """Reads a YAML file and everything it extends.
 
     Args:
         path: The file.
         resolve: Turns the text after ``extends:`` and the folder of the extending file into a path.
+        own: Top-level keys that a file does not inherit from what it extends.
 
     Raises:
         RecipeError: A file is missing, is not a YAML mapping, or extends itself.
@@ -83,6 +93,9 @@ def read_layers(path: Path, resolve: typing.Callable[[str, Path], Path]) -> Laye
         seen.append(current)
         values, lines = _read_yaml(current)
         parent = values.pop("extends", None)
+        if seen[1:]:
+            values = {key: value for key, value in values.items() if key not in own}
+            lines = {key: line for key, line in lines.items() if key not in own}
         chain.append((current, values, lines))
         if parent is not None and not isinstance(parent, str):
             where = lines.get("extends", str(current))

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from smoe_train.checkpoint.config import CheckpointConfig
-from smoe_train.config import Layered, StrictModel, apply_overrides, build, read_layers
+from smoe_train.config import COMMAND_LINE, Layered, StrictModel, apply_overrides, build, read_layers
 from smoe_train.data import AnySourceConfig, AnyTokenizerConfig, BytesConfig, LoaderConfig
 from smoe_train.data.sources.pydocs import PydocsConfig
 from smoe_train.errors import Problem, RecipeError
@@ -27,6 +27,9 @@ from smoe_train.training.config import EvaluationConfig, OptimizerConfig, Traini
 CHANGEABLE = frozenset(
     {"model.dropout", "model.moe.top_k", "model.moe.load_balance_coefficient", "model.moe.z_loss_coefficient"}
 )
+
+# A recipe that extends another is another run: it has a name and a description of its own, or none.
+NOT_INHERITED = frozenset({"name", "description"})
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 
@@ -115,7 +118,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), world_size: in
         RecipeError: Something is wrong; every mistake is listed.
     """
     path = find_recipe(name_or_path)
-    return check_recipe(apply_overrides(read_layers(path, _resolve_parent), overrides), path.stem, world_size)
+    return check_recipe(
+        apply_overrides(read_layers(path, _resolve_parent, NOT_INHERITED), overrides), path.stem, world_size
+    )
 
 
 def check_recipe(layered: Layered, default_name: str, world_size: int | None = None) -> Recipe:
@@ -127,7 +132,8 @@ def check_recipe(layered: Layered, default_name: str, world_size: int | None = N
         for key, message, involved in cross_check(recipe, world_size):
             # A check that read a default in place of a wrong value would complain about what nobody wrote.
             if not any(_overlap(one, bad) for one in (key, *involved) for bad in dropped):
-                problems.append(Problem(layered.where(key), key, message))
+                here = layered.overridden(key) or not any(layered.overridden(one) for one in involved)
+                problems.append(Problem(layered.where(key) if here else COMMAND_LINE, key, message))
     if problems or recipe is None:
         raise RecipeError(problems)
     return recipe

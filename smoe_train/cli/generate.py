@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from smoe_train.cli.run_folder import open_run
@@ -56,10 +57,13 @@ def generate(
         raise LaunchError(
             f"--max-new-tokens {max_new_tokens}: prompt and continuation exceed the {longest} learned positions"
         )
+    if len(ids) + max_new_tokens > longest:
+        print(f"note: the text grows beyond the {longest} tokens that the model was trained on", file=sys.stderr)
     process = Process.alone()
     model = build_for_evaluation(recipe, process, checkpoint)
     sampling = {"do_sample": False} if temperature == 0.0 else {"do_sample": True, "temperature": temperature}
     torch.manual_seed(seed)
+    model.config.max_sequence_length = max(longest, len(ids) + max_new_tokens)  # said above; transformers says it worse
     output = model.generate(
         torch.tensor([ids], device=process.device),
         max_new_tokens=max_new_tokens,

@@ -365,8 +365,15 @@ def _exit_code(status: int, received: Sequence[signal.Signals], errors: Sequence
     if status == 0:
         return 0
     if status > 128 and not received:
-        # Killed from outside, e.g. for lack of memory: that the launcher then stopped the others is no stop.
-        errors = [error for error in errors if error.exit_code != RunStoppedError.exit_code]
+        # Killed from outside: what the others say of it, lost connections or a stop, is no cause.
+        name = signal.Signals(status - 128).name
+        hint = " (lack of memory?)" if name == "SIGKILL" else ""
+        print(
+            f"error: a worker was killed by {name}{hint}; what the others saw is in the run's logs; "
+            "the same command resumes the run",
+            file=sys.stderr,
+        )
+        return status
     if errors:
         first = errors[0]
         prefix = f"rank {first.rank} failed: " if first.exit_code == 1 else ""
@@ -399,7 +406,6 @@ def _main(module: str, arguments: Sequence[str]) -> int:
             return 1
     else:
         return 0
-    print(f"a worker was killed by {signal.Signals(killed_by).name}", file=sys.stderr)
     return 128 + killed_by
 
 

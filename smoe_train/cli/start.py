@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from smoe_train.cli.run_folder import RECIPE, create, store_of
 from smoe_train.data import TokenStore, prepare
 from smoe_train.errors import CheckpointError, LaunchError, RecipeError
 from smoe_train.recipe import Recipe, flat, load_recipe
-from smoe_train.reporting import check_sinks
+from smoe_train.reporting import METRICS, ROUTING, check_sinks
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,23 @@ def begin(start: Start) -> None:
     for path in start.abandoned:
         aside = store_of(start.run_folder).set_aside(path)
         _say(f"{path.name} is later than the checkpoint to resume from; it is now {aside.name}")
+    if start.abandoned:
+        _keep_records(start.run_folder)
     create(start.run_folder, start.recipe, keep_old=bool(start.changes))
     for change in start.changes:
         _say(f"changed since the run was started: {change}")
+
+
+def _keep_records(run_folder: Path) -> None:
+    """Copies the records of a future that is given up: the run's own files go on from the checkpoint."""
+    number = 1
+    while any((run_folder / f"{Path(name).stem}.before-{number}.jsonl").exists() for name in (METRICS, ROUTING)):
+        number += 1
+    for name in (METRICS, ROUTING):
+        if (run_folder / name).is_file():
+            copy = run_folder / f"{Path(name).stem}.before-{number}.jsonl"
+            shutil.copy2(run_folder / name, copy)
+            _say(f"{name} as it was is kept as {copy.name}")
 
 
 def _starting_point(run_folder: Path, resume: str, max_steps: int) -> Checkpoint | None:

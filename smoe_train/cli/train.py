@@ -52,13 +52,20 @@ def print_config(options: TrainOptions) -> None:
 
 def print_plan(options: TrainOptions) -> None:
     """Prints what would be run, after every check that needs no process."""
+    from smoe_train.cli.start import decide
     from smoe_train.cli.validate import validate
 
     plan = options.plan()
     recipe = load_recipe(options.recipe, options.overrides, plan.nproc)
     validate(options.recipe, options.overrides, plan.nproc, as_json=False)
     folder = options.output_dir / recipe.name
-    print(f"\nrun folder: {folder}{' (exists)' if folder.exists() else ''}")
+    start = decide(recipe, folder, options.resume, plan.nproc)
+    if start.finished:
+        print(start.nothing_to_do())
+    else:
+        print(f"run folder: {folder}, from {start.checkpoint.path.name if start.checkpoint else 'the beginning'}")
+    for change in start.changes:
+        print(f"changed since the run was started: {change}")
     if plan.launcher == "in_process":
         print("launch: in this process")
     else:

@@ -121,8 +121,18 @@ def test_extends_finds_neighbours_and_shipped_recipes(tmp_path):
     write(tmp_path, "extends: demo\nseed: 5\n", "one.yaml")
     path = write(tmp_path, "extends: ../one.yaml\nname: two\n", "sub/two.yaml")
     loaded = load_recipe(path)
-    assert loaded.model_copy(update={"name": "demo", "seed": 1234}) == load_recipe("demo")
-    assert (loaded.name, loaded.seed) == ("two", 5)
+    demo = load_recipe("demo")
+    own = {"name": demo.name, "description": demo.description, "seed": demo.seed}
+    assert loaded.model_copy(update=own) == demo
+    assert (loaded.name, loaded.description, loaded.seed) == ("two", "", 5)
+    assert load_recipe(str(tmp_path / "one.yaml")).name == "one", "another run than the one it extends"
+
+
+def test_a_mistake_on_the_command_line_is_sought_there():
+    for override in ("model.moe.router.type=topk", "model.moe.top_k=1", "data.source=text", "training.max_steps=4"):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("smoke/top_k", [override])
+        assert {problem.where for problem in caught.value.problems} == {"command line"}, override
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,21 @@ def test_rewinding_sets_the_abandoned_future_aside(finished, run):
     assert load_recipe(str(run / "recipe.before-1.yaml")).training.max_steps == 8
     assert [step for step, split, _ in losses(run) if split == "train"] == [1, 2, 3]
     assert store_of(run).find("best").name == "step-00000003"
+    given_up = [json.loads(line)["step"] for line in (run / "metrics.before-1.jsonl").read_text().splitlines()]
+    assert max(given_up) == 8
+    assert (run / "routing.before-1.jsonl").is_file()
+
+
+def test_a_dry_run_finds_what_a_run_would_find(finished, run):
+    """Data, checkpoints and the run's own recipe are looked at, and nothing is written to the run."""
+    before = snapshot(run)
+    found = train(finished / "tiny.yaml", run.parent, "--dry-run", "training.max_steps=10")
+    assert found.code == 0, found.err
+    assert "from step-00000008" in found.out
+    assert "training.max_steps: 8 -> 10" in found.out
+    assert train(finished / "tiny.yaml", run.parent, "--dry-run", "--resume", "nowhere").code == 2
+    assert train(finished / "tiny.yaml", run.parent, "--dry-run", "data.path=nowhere.txt").code == 2
+    assert snapshot(run) == before
 
 
 def test_data_too_short_for_a_batch_leaves_no_folder(finished, tmp_path):
