@@ -364,16 +364,20 @@ def _worker_errors(logs: Path) -> list[_WorkerError]:
 def _exit_code(status: int, received: Sequence[signal.Signals], errors: Sequence[_WorkerError]) -> int:
     if status == 0:
         return 0
-    if status > 128 and not received:
-        # Killed from outside: what the others say of it, lost connections or a stop, is no cause.
-        name = signal.Signals(status - 128).name
+    killed_by = -status if status < 0 else status - 128
+    failures = [error for error in errors if error.exit_code != RunStoppedError.exit_code]
+    if killed_by > 0 and not received and (status > 0 or not failures):
+        # Killed from outside: what the others say of it, lost connections or a stop, is no cause. (A launcher that
+        # this process had to kill, since a peer of a failed worker hung, has failures to tell of.)
+        who = "the launcher" if status < 0 else "a worker"
+        name = signal.Signals(killed_by).name
         hint = " (lack of memory?)" if name == "SIGKILL" else ""
         print(
-            f"error: a worker was killed by {name}{hint}; what the others saw is in the run's logs; "
+            f"error: {who} was killed by {name}{hint}; what the others saw is in the run's logs; "
             "the same command resumes the run",
             file=sys.stderr,
         )
-        return status
+        return 128 + killed_by
     if errors:
         first = errors[0]
         prefix = f"rank {first.rank} failed: " if first.exit_code == 1 else ""
@@ -399,7 +403,9 @@ def _main(module: str, arguments: Sequence[str]) -> int:
         killed_by = -stop.code  # DeepSpeed's launcher
     except Exception as error:
         if type(error).__name__ == "ChildFailedError":
-            killed_by = -error.get_first_failure()[1].exitcode  # type: ignore[attr-defined]
+            # A worker that was killed is the cause, even if one that lost its connection ended a moment earlier.
+            failures = error.failures.values()  # type: ignore[attr-defined]
+            killed_by = max([-one.exitcode for one in failures if one.exitcode != -signal.SIGTERM], default=0)
         elif type(error).__name__ != "SignalException":  # which torchrun raises once it has stopped the workers
             raise
         if killed_by <= 0:
