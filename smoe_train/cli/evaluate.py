@@ -60,12 +60,12 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions, nproc: int | None) -> int:
     """Evaluates and prints; returns the exit code."""
-    _, recipe, _ = open_run(options.run, options.which)
-    options.top_k_values(recipe)
     world_size = nproc or 1
     if world_size == 1:
         _print(evaluate_here(options), options.as_json)
         return 0
+    _, recipe, _ = open_run(options.run, options.which)
+    options.top_k_values(recipe)
     Topology.create(world_size, recipe.parallel.expert_parallel_size, recipe.model.moe.num_experts)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -90,6 +90,7 @@ def evaluate_here(options: EvaluateOptions) -> dict[str, object]:
     from smoe_train.parallel.process import Process
 
     _, recipe, checkpoint = open_run(options.run, options.which)
+    top_k_values = options.top_k_values(recipe)
     process = Process.start() if "RANK" in os.environ else Process.alone()
     tokens = prepare(recipe.data, recipe.tokenizer)
     split = next((name for name in tokens.splits if name == options.split), None)
@@ -106,7 +107,7 @@ def evaluate_here(options: EvaluateOptions) -> dict[str, object]:
     scores = evaluate_language_model(
         build_for_evaluation(recipe, process, checkpoint),
         batches,
-        options.top_k_values(recipe),
+        top_k_values,
         bytes_per_token(tokens, split),
         checkpoint.step,
         process.device,

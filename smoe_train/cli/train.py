@@ -53,11 +53,11 @@ def print_config(options: TrainOptions) -> None:
 def print_plan(options: TrainOptions) -> None:
     """Prints what would be run, after every check that needs no process."""
     from smoe_train.cli.start import decide
-    from smoe_train.cli.validate import validate
+    from smoe_train.cli.validate import show
 
     plan = options.plan()
     recipe = load_recipe(options.recipe, options.overrides, plan.nproc)
-    validate(options.recipe, options.overrides, plan.nproc, as_json=False)
+    show(recipe, plan.nproc)
     folder = options.output_dir / recipe.name
     start = decide(recipe, folder, options.resume, plan.nproc)
     if start.finished:

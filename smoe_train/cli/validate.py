@@ -20,11 +20,10 @@ def validate(name_or_path: str, overrides: tuple[str, ...], nproc: int, as_json:
         RecipeError: Something is wrong; every mistake is listed.
     """
     recipe = load_recipe(name_or_path, overrides, nproc)
-    plan = plan_of(recipe, nproc)
     if as_json:
-        print(json.dumps(plan, indent=1))
+        print(json.dumps(plan_of(recipe, nproc), indent=1))
     else:
-        _print(recipe, plan)
+        show(recipe, nproc)
 
 
 def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
@@ -69,8 +68,9 @@ def _span(experts: range) -> list[int]:
     return [experts.start, experts.stop - 1]
 
 
-def _print(recipe: Recipe, plan: dict[str, Any]) -> None:
-    console = Console()
+def show(recipe: Recipe, nproc: int) -> None:
+    """Prints the plan of a recipe that has been checked."""
+    plan, console = plan_of(recipe, nproc), Console()
     parameters, cost = plan["parameters"], plan["bytes_per_rank"]
     table = Table("", "", title=f"{recipe.name}: valid", show_header=False)
     table.add_row("router", f"{recipe.model.moe.router.type}, k = {_ints(plan['top_k_in_training'])} in training")

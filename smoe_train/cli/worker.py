@@ -16,7 +16,7 @@ from smoe_train.assembly import build_trainer, check_identity, open_journal, sta
 from smoe_train.checkpoint import Checkpoint, CheckpointStore
 from smoe_train.cli.launch import die_with_parent, write_worker_error
 from smoe_train.cli.run_folder import LOGS, RECIPE
-from smoe_train.data import prepare
+from smoe_train.data import TokenStore, prepare
 from smoe_train.errors import SmoeError
 from smoe_train.recipe import Recipe, load_recipe
 from smoe_train.reporting import environment, write_environment, write_report
@@ -42,15 +42,16 @@ def train_worker(run_folder: Path, resume: str, stop: StopRequest, process: Proc
     recipe = load_recipe(str(run_folder / RECIPE))
     process = process or start_process(recipe)
     trainer = build_trainer(recipe, process, run_folder, stop)
+    tokens = prepare(recipe.data, recipe.tokenizer)
     try:
         checkpoint = choose_checkpoint(trainer.store, resume)
         if checkpoint is not None:
-            check_identity(recipe, prepare(recipe.data, recipe.tokenizer), checkpoint)
+            check_identity(recipe, tokens, checkpoint)
             trainer.resume(checkpoint)
         step = checkpoint.step if checkpoint is not None else None
         logger.info("rank %d of %d starts at step %d", process.rank, process.world_size, step or 0)
         if process.is_first:
-            _record_environment(recipe, run_folder, trainer)
+            _record_environment(recipe, tokens, run_folder, trainer)
             own = checkpoint is None or trainer.store.holds(checkpoint)
             trainer.journal = open_journal(recipe, run_folder, step if own else None)
             if step is not None:
@@ -86,7 +87,7 @@ def _write_report(run_folder: Path) -> None:
         print(f"warning: no report: {error}; try `smoe-train report {run_folder}`", file=sys.stderr)
 
 
-def _record_environment(recipe: Recipe, run_folder: Path, trainer: Trainer) -> None:
+def _record_environment(recipe: Recipe, tokens: TokenStore, run_folder: Path, trainer: Trainer) -> None:
     topology = {
         "world_size": trainer.process.world_size,
         "expert_parallel_size": trainer.expert_parallel_size,
@@ -94,8 +95,7 @@ def _record_environment(recipe: Recipe, run_folder: Path, trainer: Trainer) -> N
         "precision": recipe.parallel.precision,
         "device": str(trainer.process.device),
     }
-    checksums = prepare(recipe.data, recipe.tokenizer).checksums()
-    write_environment(run_folder, environment(topology, checksums))
+    write_environment(run_folder, environment(topology, tokens.checksums()))
 
 
 def log_to(logs: Path) -> None:

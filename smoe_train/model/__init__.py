@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from smoe_train.model.feed_forward import StackedExperts
     from smoe_train.model.smoe_config import SmoeConfig
     from smoe_train.model.transformer import (
-        IGNORED_LABEL,
         RankReduction,
         SmoeForCausalLM,
         SmoeModel,
@@ -30,7 +29,6 @@ __getattr__ = lazy_attributes(
         "feed_forward": ("StackedExperts",),
         "smoe_config": ("SmoeConfig",),
         "transformer": (
-            "IGNORED_LABEL",
             "RankReduction",
             "SmoeForCausalLM",
             "SmoeModel",
@@ -43,7 +41,6 @@ __getattr__ = lazy_attributes(
 )
 
 __all__ = [
-    "IGNORED_LABEL",
     "BankFactory",
     "LocalExpertBank",
     "ModelConfig",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from smoe_train.data.loader import IGNORED_LABEL
 from smoe_train.model.attention import causal_mask, rotary_angles
 from smoe_train.model.block import Block, make_norm
 from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
@@ -26,8 +27,6 @@ from smoe_train.model.smoe_config import SmoeConfig
 from smoe_train.routing import ROUTERS, Context, Router, RouterShape
 from smoe_train.routing.contract import same_on_one_rank
 from smoe_train.schedules import Knobs
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
