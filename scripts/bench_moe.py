@@ -112,7 +112,7 @@ def build_layers(options: argparse.Namespace) -> dict[str, nn.Module]:
     class Ours(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            router = TopKRouter(TopKConfig(), RouterShape(d_model, num_experts))
+            router = TopKRouter(TopKConfig(), RouterShape(d_model, num_experts, vocab_size=256))
             router.initialise(KeyedDraw(0, "router"))
             bank = LocalExpertBank(
                 num_experts, lambda ids: StackedExperts(ids, d_model, d_ff, kind, d_model**-0.5, d_ff**-0.5)

@@ -131,7 +131,7 @@ def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: Stop
         batches=batches,
         validation=validation,
         bytes_per_token={"train": bytes_per_token(tokens, "train"), "valid": bytes_per_token(tokens, "valid")},
-        objective=lambda engine, batch, knobs: language_modelling(engine, batch, knobs, config),
+        objective=lambda engine, batch, knobs, totals: language_modelling(engine, batch, knobs, config, totals),
         store=CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last),
         journal=None,
         identity=identity(recipe, tokens),

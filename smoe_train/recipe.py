@@ -19,14 +19,20 @@ from smoe_train.model.config import ModelConfig, MoeConfig
 from smoe_train.parallel.topology import ParallelConfig, parallel_problems, topology_problem
 from smoe_train.registry import suggest
 from smoe_train.reporting.config import ReportingConfig
-from smoe_train.schedules import Curriculum, CurriculumConfig, LearningRateConfig
+from smoe_train.routing import ROUTERS
+from smoe_train.schedules import (
+    CompetitionConfig,
+    CompetitionSchedule,
+    Curriculum,
+    CurriculumConfig,
+    LearningRateConfig,
+)
 from smoe_train.schedules.curriculum import LARGEST_MULTI_STEP
 from smoe_train.training.config import EvaluationConfig, OptimizerConfig, TrainingConfig
 
-# Options of the model that may change from one resume to the next: weights and data stay what they are.
-CHANGEABLE = frozenset(
-    {"model.dropout", "model.moe.top_k", "model.moe.load_balance_coefficient", "model.moe.z_loss_coefficient"}
-)
+# Options of the model that may change from one resume to the next, beside all coefficients of losses: weights and data
+# stay what they are.
+CHANGEABLE = frozenset({"model.dropout", "model.moe.top_k"})
 
 # A recipe that extends another is another run: it has a name and a description of its own, or none.
 NOT_INHERITED = frozenset({"name", "description"})
@@ -72,7 +78,14 @@ class Recipe(StrictModel):
 
     def schedule(self) -> Curriculum:
         """Returns what maps steps to knobs."""
-        return Curriculum(self.curriculum, self.model.moe.top_k, self.training.max_steps)
+        competition = None
+        if self.model.moe_layers() and self.model.moe.router.competes():
+            config = self.curriculum.competition or CompetitionConfig()
+            competition = CompetitionSchedule(config, self.seed, self.model.moe_layers())
+        training = self.training
+        return Curriculum(
+            self.curriculum, self.model.moe.top_k, training.max_steps, training.sequence_length, competition
+        )
 
     def to_yaml(self) -> str:
         """Returns the resolved recipe as YAML that loads to the same recipe."""
@@ -88,7 +101,7 @@ class Recipe(StrictModel):
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json", include={"sequence_length", "global_batch_size"}),
         }
-        return {key: value for key, value in flat(sections).items() if key not in CHANGEABLE}
+        return {key: value for key, value in flat(sections).items() if not _changeable(key)}
 
     def with_defaults(self) -> Recipe:
         """Returns a recipe of the same kinds of router and tokenizer with every option at its default."""
@@ -146,23 +159,12 @@ def cross_check(recipe: Recipe, world_size: int | None) -> list[tuple[str, str, 
     shape_keys = ("model.d_model", "model.num_heads", "model.num_layers", "model.moe", "curriculum")
     # A schedule that goes beyond the number of experts is reported once, where it is written.
     k_values = frozenset(k for k in recipe.schedule().top_k_values() if k <= model.moe.num_experts)
-    found += [(f"model.{key}", message, shape_keys) for key, message in model.problems(k_values)]
+    found += [(f"model.{key}", message, shape_keys) for key, message in model.problems(k_values, training.max_steps)]
+    found += _curriculum_checks(recipe)
     longest = model.max_sequence_length
     if longest is not None and longest < training.sequence_length:
         message = f"{longest} is less than training.sequence_length {training.sequence_length}"
         found.append(("model.max_sequence_length", message, ("training.sequence_length",)))
-    schedule = recipe.curriculum.top_k
-    if schedule is not None:
-        if not model.moe_layers():
-            found.append(("curriculum.top_k", "has no effect: the model has no MoE layer", ("model.moe.layers",)))
-        if schedule.low > schedule.high:
-            found.append(("curriculum.top_k.low", f"{schedule.low} exceeds high {schedule.high}", ()))
-        elif schedule.high > model.moe.num_experts:
-            message = f"{schedule.high} exceeds model.moe.num_experts {model.moe.num_experts}"
-            found.append(("curriculum.top_k.high", message, ("model.moe.num_experts",)))
-        if schedule.form.startswith("multi_step") and schedule.high > LARGEST_MULTI_STEP:
-            message = f"{schedule.high} is never reached: multi_step goes through 1, 2, 4, 8, 16; use another form"
-            found.append(("curriculum.top_k.high", message, ("curriculum.top_k.form",)))
     excessive = [k for k in recipe.evaluation.top_k if not 1 <= k <= model.moe.num_experts]
     if excessive:
         message = f"{excessive} is outside 1 to num_experts {model.moe.num_experts}"
@@ -173,6 +175,61 @@ def cross_check(recipe: Recipe, world_size: int | None) -> list[tuple[str, str, 
         message = f"{recipe.learning_rate.warmup_steps} leaves no step of training.max_steps {training.max_steps}"
         found.append(("learning_rate.warmup_steps", message, ("training.max_steps",)))
     return found + (_topology_checks(recipe, world_size) if world_size is not None else [])
+
+
+def _curriculum_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]:
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    model, training, curriculum = recipe.model, recipe.training, recipe.curriculum
+    router, layers = model.moe.router, ("model.moe.layers",)
+    named = ("model.moe.router", *layers)
+    if not model.moe_layers():
+        idle = [key for key in ("top_k", "threshold", "competition", "loss_weights") if getattr(curriculum, key)]
+        found += [(f"curriculum.{key}", "has no effect: the model has no MoE layer", layers) for key in idle]
+    else:
+        if curriculum.threshold is not None and not router.has_threshold():
+            found.append(("curriculum.threshold", f"has no effect: router {router.type} has no threshold", named))
+        if curriculum.competition is not None and not router.competes():
+            found.append(("curriculum.competition", f"has no effect: router {router.type} has no contest", named))
+        losses = sorted(ROUTERS.get(router.type).router.losses_of(router))
+        for name in curriculum.loss_weights:
+            if name not in losses:
+                message = f"router {router.type} has no such loss{suggest(name, losses)}"
+                found.append((f"curriculum.loss_weights.{name}", message, named))
+    for key, values in {"threshold": curriculum.threshold, **curriculum.loss_weights}.items():
+        key = key if key == "threshold" else f"loss_weights.{key}"
+        if values is None:
+            continue
+        if values.form == "exponential" and (values.first <= 0.0 or values.last <= 0.0):
+            found.append((f"curriculum.{key}.form", "exponential needs first and last above 0", ()))
+        if values.start_step >= training.max_steps:
+            message = f"{values.start_step} is not before training.max_steps {training.max_steps}"
+            found.append((f"curriculum.{key}.start_step", message, ("training.max_steps",)))
+        if key != "threshold" and min(values.first, values.last) < 0.0:
+            found.append((f"curriculum.{key}", "a factor on a coefficient cannot be negative", ()))
+    length = curriculum.sequence_length
+    if length is not None:
+        full = training.sequence_length
+        doublings = full // length.low
+        if length.low >= full or full % length.low or doublings & (doublings - 1):
+            message = f"training.sequence_length {full} is not {length.low} times a power of two above 1"
+            found.append(("curriculum.sequence_length.low", message, ("training.sequence_length",)))
+    return found + _top_k_checks(recipe)
+
+
+def _top_k_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]:
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    schedule, num_experts = recipe.curriculum.top_k, recipe.model.moe.num_experts
+    if schedule is None:
+        return found
+    if schedule.low > schedule.high:
+        found.append(("curriculum.top_k.low", f"{schedule.low} exceeds high {schedule.high}", ()))
+    elif schedule.high > num_experts:
+        message = f"{schedule.high} exceeds model.moe.num_experts {num_experts}"
+        found.append(("curriculum.top_k.high", message, ("model.moe.num_experts",)))
+    if schedule.form.startswith("multi_step") and schedule.high > LARGEST_MULTI_STEP:
+        message = f"{schedule.high} is never reached: multi_step goes through 1, 2, 4, 8, 16; use another form"
+        found.append(("curriculum.top_k.high", message, ("curriculum.top_k.form",)))
+    return found
 
 
 def _topology_checks(recipe: Recipe, world_size: int) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -202,6 +259,10 @@ def _literal(value: Any) -> Any:
     if isinstance(value, list):
         return [_literal(item) for item in value]
     return value.replace("${", r"\${") if isinstance(value, str) else value
+
+
+def _changeable(key: str) -> bool:
+    return key in CHANGEABLE or (key.startswith("model.moe.") and key.endswith("_coefficient"))
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -107,9 +107,8 @@ def evaluate_here(options: EvaluateOptions) -> dict[str, object]:
     scores = evaluate_language_model(
         build_for_evaluation(recipe, process, checkpoint),
         batches,
-        top_k_values,
+        [recipe.schedule().evaluation_knobs(checkpoint.step, top_k) for top_k in top_k_values],
         bytes_per_token(tokens, split),
-        checkpoint.step,
         process.device,
         process.sum,
     )

@@ -42,13 +42,18 @@ def generate(
     from smoe_train.assembly import build_for_evaluation
     from smoe_train.data import build_tokenizer
     from smoe_train.parallel.process import Process
-    from smoe_train.schedules import Knobs
+    from smoe_train.routing import ROUTERS
 
     _, recipe, checkpoint = open_run(run, which)
     tokenizer = build_tokenizer(recipe.tokenizer)
     ids = tokenizer.encode_text(prompt)
     longest = recipe.model.max_sequence_length or recipe.training.sequence_length
     experts = top_k if top_k is not None else recipe.model.moe.top_k
+    if not ROUTERS.get(recipe.model.moe.router.type).router.causal and recipe.model.moe_layers():
+        raise LaunchError(
+            f"{run}: its router {recipe.model.moe.router.type} looks at later tokens, which do not exist yet when text "
+            "is generated; evaluate it, or train with a causal router"
+        )
     if not ids:
         raise LaunchError("--prompt: is empty; give at least one character")
     if not 1 <= experts <= recipe.model.moe.num_experts:
@@ -67,7 +72,7 @@ def generate(
     output = model.generate(
         torch.tensor([ids], device=process.device),
         max_new_tokens=max_new_tokens,
-        knobs=Knobs(checkpoint.step, experts),
+        knobs=recipe.schedule().evaluation_knobs(checkpoint.step, experts),
         pad_token_id=0,
         **({**sampling, "top_p": top_p, "top_k": 0} if temperature else sampling),
     )

@@ -38,12 +38,29 @@ class MicroBatch:
         token_mask_BS: bool, False for padding, which is routed nowhere and counts nowhere.
         sample_index_B: int64, the index of each sample within the step's global batch, whatever the world size; in
             evaluation, within the split.
+        block_B: int64, the number of each sample's block in the split: what it is, whatever its place in the order.
     """
 
     input_ids_BS: Tensor
     labels_BS: Tensor
     token_mask_BS: Tensor
     sample_index_B: Tensor
+    block_B: Tensor
+
+    def in_sequences_of(self, length: int) -> MicroBatch:
+        """Returns the same tokens as sequences of ``length``, which divides S.
+
+        ``sample_index_B`` then numbers the parts, so that a token's index in the global batch stays what it was.
+        """
+        parts = self.input_ids_BS.shape[1] // length
+        index = torch.arange(parts, device=self.sample_index_B.device)
+        return MicroBatch(
+            self.input_ids_BS.reshape(-1, length),
+            self.labels_BS.reshape(-1, length),
+            self.token_mask_BS.reshape(-1, length),
+            (self.sample_index_B.unsqueeze(1) * parts + index).reshape(-1),
+            self.block_B.repeat_interleave(parts),
+        )
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Returns the micro-batch on a device; the copy may still be on its way there."""
@@ -85,7 +102,8 @@ class TrainBatches(Dataset[list[MicroBatch]]):
     Block i has the inputs [i*S, (i+1)*S) and, as labels, the same shifted by one; the last (N - 1) mod S tokens of a
     split of N tokens make no block. Sample g = step * global_batch_size + j is block ``g mod num_blocks`` of the order
     of epoch ``g // num_blocks``: every block comes once an epoch, and a batch may span the end of one. Micro-batch m
-    of rank r holds j = m*(world*micro) + r*micro + b, so the samples of a step do not depend on the world size.
+    of rank r holds j = m*(world*micro) + b*world + r: the samples of a step do not depend on the world size, and those
+    next to each other in the order go to different ranks.
 
     Args:
         tokens: The split, 1-D, best a memory map.
@@ -141,7 +159,7 @@ class TrainBatches(Dataset[list[MicroBatch]]):
     def __getitem__(self, step: int) -> list[MicroBatch]:
         """Returns the micro-batches of a step."""
         stride = self.world_size * self.micro_batch_size
-        own_B = self.rank * self.micro_batch_size + np.arange(self.micro_batch_size, dtype=np.int64)
+        own_B = self.rank + self.world_size * np.arange(self.micro_batch_size, dtype=np.int64)
         return [self._micro_batch(step, m * stride + own_B) for m in range(self.accumulation_steps)]
 
     def steps(self, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
@@ -171,6 +189,7 @@ class TrainBatches(Dataset[list[MicroBatch]]):
             labels_BS=ids[:, 1:].contiguous(),
             token_mask_BS=torch.ones(len(sample_B), self.sequence_length, dtype=torch.bool),
             sample_index_B=torch.from_numpy(sample_B),
+            block_B=torch.from_numpy(block_B),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -249,6 +268,7 @@ class EvaluationBatches:
             labels_BS=torch.from_numpy(labels_BS),
             token_mask_BS=torch.from_numpy(mask),
             sample_index_B=torch.from_numpy(block_B),
+            block_B=torch.from_numpy(block_B),
         )
 
 

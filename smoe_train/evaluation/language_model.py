@@ -51,13 +51,12 @@ class LanguageModelScore:
 def evaluate_language_model(
     model: nn.Module,
     batches: EvaluationBatches,
-    top_k_values: Sequence[int],
+    knobs: Sequence[Knobs],
     bytes_per_token: float,
-    step: int,
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = same_on_one_rank,
 ) -> list[LanguageModelScore]:
-    """Returns one score for each k.
+    """Returns one score for each way to run the model.
 
     Every rank must get the same number of batches; ranks that run out get padded ones, which count nowhere. The model
     is left in the mode it was in, and no random number is drawn.
@@ -65,27 +64,27 @@ def evaluate_language_model(
     Args:
         model: A causal language model of this package.
         batches: This rank's share of the split.
-        top_k_values: Experts a token, one pass each.
+        knobs: What to run the model with, one pass each; they differ in k.
         bytes_per_token: Bytes of original text that a token stands for on average.
-        step: Optimizer steps taken, for policies that look at it.
         device: Where to compute.
         sum_over_ranks: Adds a tensor up over the ranks.
     """
     was_training = model.training
     model.eval()
-    sums = {top_k: torch.zeros(2, dtype=torch.float64, device=device) for top_k in top_k_values}
-    routing: dict[int, StatSums] = {top_k: {} for top_k in top_k_values}
+    sums = {one.top_k: torch.zeros(2, dtype=torch.float64, device=device) for one in knobs}
+    routing: dict[int, StatSums] = {one.top_k: {} for one in knobs}
     with torch.no_grad():
         for index, host_batch in enumerate(batches):
             batch = host_batch.to(device)
             # Only the last batch holds padding, on any rank. The ranks must agree on whether there is a mask, since
             # counting its tokens is a collective; without one, attention takes the kernel it takes in training.
             mask = batch.token_mask_BS if index + 1 == len(batches) else None
-            for top_k in sums:
+            for one in {one.top_k: one for one in knobs}.values():
+                top_k = one.top_k
                 output = model(
                     input_ids=batch.input_ids_BS,
                     attention_mask=mask,
-                    knobs=Knobs(step, top_k),
+                    knobs=one,
                     sample_index=batch.sample_index_B,
                     use_cache=False,
                 )
@@ -96,7 +95,7 @@ def evaluate_language_model(
                 sums[top_k] += torch.stack([loss.double(), (labels != IGNORED_LABEL).sum().double()])
                 add_stats(routing[top_k], output.routing_stats)
     model.train(was_training)
-    return [_score(top_k, sum_over_ranks(sums[top_k]), bytes_per_token, routing[top_k]) for top_k in top_k_values]
+    return [_score(one.top_k, sum_over_ranks(sums[one.top_k]), bytes_per_token, routing[one.top_k]) for one in knobs]
 
 
 def add_stats(sums: StatSums, stats: Mapping[int, Mapping[str, Tensor]] | None) -> None:

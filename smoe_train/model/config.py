@@ -8,7 +8,7 @@ from pydantic import Field
 
 from smoe_train.config import StrictModel
 from smoe_train.model.feed_forward import FeedForwardKind
-from smoe_train.routing import ROUTERS, AnyRouterConfig
+from smoe_train.routing import ROUTERS, AnyRouterConfig, RouterPlan
 from smoe_train.routing.top_k import TopKConfig
 
 
@@ -68,13 +68,14 @@ class ModelConfig(StrictModel):
         """Returns the indices of the MoE layers in order."""
         return tuple(range(self.num_layers)) if self.moe.layers == "all" else tuple(sorted(self.moe.layers))
 
-    def problems(self, top_k_values: frozenset[int]) -> list[tuple[str, str]]:
+    def problems(self, top_k_values: frozenset[int], max_steps: int) -> list[tuple[str, str]]:
         """Returns (key, message) for settings that contradict each other or have no effect.
 
         Args:
             top_k_values: Every k that training will use.
+            max_steps: Optimizer steps of training.
         """
-        return [*self._shape_problems(), *self._moe_problems(top_k_values)]
+        return [*self._shape_problems(), *self._moe_problems(top_k_values, max_steps)]
 
     def _shape_problems(self) -> list[tuple[str, str]]:
         found = []
@@ -89,7 +90,7 @@ class ModelConfig(StrictModel):
             found.append(("d_ff", "has no effect when every layer is MoE; set moe.d_ff, or choose moe.layers"))
         return found
 
-    def _moe_problems(self, top_k_values: frozenset[int]) -> list[tuple[str, str]]:
+    def _moe_problems(self, top_k_values: frozenset[int], max_steps: int) -> list[tuple[str, str]]:
         moe, found = self.moe, []
         layers = self.moe_layers()
         if any(not 0 <= layer < self.num_layers for layer in layers) or len(set(layers)) < len(layers):
@@ -100,8 +101,9 @@ class ModelConfig(StrictModel):
         if too_many:
             key = "moe.top_k" if moe.top_k in too_many else "moe.num_experts"
             found.append((key, f"k = {too_many[-1]} exceeds num_experts {moe.num_experts}"))
-        found.extend(("moe.router", problem) for problem in moe.router.problems(top_k_values, moe.num_experts))
-        available = ROUTERS.get(moe.router.type).router.loss_names
+        plan = RouterPlan(top_k_values, moe.num_experts, max_steps)
+        found.extend(("moe.router", problem) for problem in moe.router.problems(plan))
+        available = ROUTERS.get(moe.router.type).router.losses_of(moe.router)
         for loss, coefficient in (("load_balance_loss", "load_balance_coefficient"), ("z_loss", "z_loss_coefficient")):
             value, default = getattr(moe, coefficient), MoeConfig.model_fields[coefficient].default
             if loss not in available and value not in (0.0, default):

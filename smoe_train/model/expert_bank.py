@@ -11,6 +11,8 @@ from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.parallel.dispatch_plan import DispatchPlan, plan_dispatch, row_multiple, run_planned
 
 MakeExperts = Callable[[range], StackedExperts]
+Respond = Callable[[Tensor], Tensor]
+Choose = Callable[[Tensor, slice], Tensor]
 
 
 class ExpertBank(Protocol):
@@ -27,6 +29,23 @@ class ExpertBank(Protocol):
 
     def run(self, x_TD: Tensor, plan: Any) -> Tensor:
         """Returns the uncombined outputs [T, K, D] in slot order, zero in empty slots."""
+        ...
+
+    def compete(
+        self, x_TD: Tensor, respond: Respond, choose: Choose, chunk_tokens: int | None, recompute: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs every expert once on every token.
+
+        Args:
+            x_TD: The tokens; every rank has the same number.
+            respond: Expert outputs [R, D] to responses [R].
+            choose: Responses [T, E] of some of the tokens, and which these are, to winners [T, K].
+            chunk_tokens: Tokens of a rank that are run at once; None for all.
+            recompute: Whether activations are computed again in the backward pass instead of stored.
+
+        Returns:
+            The responses [T, E], the winners' ids [T, K] and the winners' uncombined outputs [T, K, D].
+        """
         ...
 
 

@@ -93,4 +93,8 @@ class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def loss_coefficients(self) -> dict[str, float]:
         """Returns the coefficient of each auxiliary loss by name."""
-        return {"load_balance_loss": self.load_balance_coefficient, "z_loss": self.z_loss_coefficient}
+        return {
+            "load_balance_loss": self.load_balance_coefficient,
+            "z_loss": self.z_loss_coefficient,
+            **self.router_options().loss_coefficients(),
+        }

@@ -24,9 +24,11 @@ from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.model.initialise import KeyedDraw, initial_names, initialise_module
 from smoe_train.model.moe import MoeLayer
 from smoe_train.model.smoe_config import SmoeConfig
-from smoe_train.routing import ROUTERS, Context, Router, RouterShape
+from smoe_train.routing import ROUTERS, Context, Router, RouterShape, StepTotals
 from smoe_train.routing.contract import same_on_one_rank
-from smoe_train.schedules import Knobs
+from smoe_train.schedules import AFTER_TRAINING, Knobs
+
+NO_LAYER = -1  # in the keys of step totals
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class SmoeOutput(ModelOutput):  # type: ignore[misc]
         past_key_values: The cache, if one is used.
         router_losses: Auxiliary losses by name, means over the MoE layers, without coefficients.
         routing_stats: Summable statistics of each MoE layer by layer index.
+        experts_of_token: int64 [B, S], how many experts each token visited, by layer index.
     """
 
     loss: Tensor | None = None
@@ -61,6 +64,7 @@ class SmoeOutput(ModelOutput):  # type: ignore[misc]
     past_key_values: Any = None
     router_losses: dict[str, Tensor] | None = None
     routing_stats: dict[int, Mapping[str, Tensor]] | None = None
+    experts_of_token: dict[int, Tensor] | None = None
 
 
 class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -132,7 +136,7 @@ class SmoeModel(SmoePreTrainedModel):
             nn.Embedding(config.max_sequence_length, config.d_model) if config.positions == "learned" else None
         )
         options = config.router_options()
-        shape = RouterShape(config.d_model, config.num_experts)
+        shape = RouterShape(config.d_model, config.num_experts, config.vocab_size)
         policy = ROUTERS.get(options.type).router
         routers = dict(
             zip(config.moe_layers, policy.build(options, shape, len(config.moe_layers)), strict=True)
@@ -170,6 +174,7 @@ class SmoeModel(SmoePreTrainedModel):
         use_cache: bool | None = None,
         knobs: Knobs | None = None,
         sample_index: Tensor | None = None,
+        step_totals: StepTotals | None = None,
         **_: Any,
     ) -> SmoeOutput:
         """Returns hidden states, router losses and routing stats.
@@ -180,8 +185,9 @@ class SmoeModel(SmoePreTrainedModel):
             position_ids: int64 [B, S]; counted from the mask if not given.
             past_key_values: A transformers cache of earlier tokens.
             use_cache: Whether to build a cache if none is given.
-            knobs: What the step is run with; step 0 and the configured k if not given.
+            knobs: What the step is run with; if not given, the configured k as after the end of training.
             sample_index: int64 [B], index of each sample within the global batch, the key of routing noise.
+            step_totals: Sums over the step's micro-batches that router losses are functions of.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -199,13 +205,16 @@ class SmoeModel(SmoePreTrainedModel):
             width = self.config.d_model // self.config.num_heads
             rotation = rotary_angles(position_ids, width, self.config.rope_theta, x_BSD.dtype)
         mask_BS = attention_mask[:, past:] if attention_mask is not None else None
-        contexts = self._contexts(input_ids, mask_BS, knobs or Knobs(0, self.config.num_experts_per_tok), sample_index)
+        knobs = knobs or Knobs(AFTER_TRAINING, self.config.num_experts_per_tok)
+        contexts = self._contexts(input_ids, mask_BS, knobs, sample_index, step_totals)
         losses: dict[str, list[Tensor]] = {}
         stats: dict[int, Mapping[str, Tensor]] = {}
+        experts_of_token: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
             x_BSD, merged = block(x_BSD, input_ids, rotation, allowed, contexts(layer), past_key_values)
             if merged is not None:
                 stats[layer] = merged.stats
+                experts_of_token[layer] = merged.experts_of_token_T.view(input_ids.shape)
                 for name, value in merged.losses.items():
                     losses.setdefault(name, []).append(value)
         return SmoeOutput(
@@ -213,10 +222,16 @@ class SmoeModel(SmoePreTrainedModel):
             past_key_values=past_key_values,
             router_losses={name: torch.stack(values).mean() for name, values in losses.items()},
             routing_stats=stats,
+            experts_of_token=experts_of_token,
         )
 
     def _contexts(
-        self, input_ids: Tensor, mask_BS: Tensor | None, knobs: Knobs, sample_index: Tensor | None
+        self,
+        input_ids: Tensor,
+        mask_BS: Tensor | None,
+        knobs: Knobs,
+        sample_index: Tensor | None,
+        step_totals: StepTotals | None,
     ) -> Callable[[int], Context]:
         """Returns the routing context of each layer; what does not depend on the layer is computed once."""
         batch, length = input_ids.shape
@@ -227,8 +242,12 @@ class SmoeModel(SmoePreTrainedModel):
         token_mask_T = mask_BS.reshape(-1).to(torch.bool) if mask_BS is not None else None
         tokens_per_rank = None
         if token_mask_T is not None:
-            total = self.ranks.sum_over_ranks(token_mask_T.sum().to(torch.float32))
-            tokens_per_rank = total / self.ranks.num_ranks
+            real = token_mask_T.sum().to(torch.float32)
+            if step_totals is None:
+                tokens_per_rank = self.ranks.sum_over_ranks(real) / self.ranks.num_ranks
+            else:
+                total = step_totals.total((NO_LAYER, "tokens"), real, self.ranks.sum_over_ranks)
+                tokens_per_rank = total / (self.ranks.num_ranks * step_totals.num_micro_batches)
 
         def context(layer: int) -> Context:
             return Context(
@@ -237,11 +256,15 @@ class SmoeModel(SmoePreTrainedModel):
                 top_k=knobs.top_k,
                 training=self.training,
                 seed=self.config.seed,
+                threshold=knobs.threshold,
+                competing=layer in knobs.competing_layers,
+                sequence_length=length,
                 token_mask_T=token_mask_T,
                 token_index_T=token_index_T,
                 tokens_per_rank=tokens_per_rank,
                 sum_over_ranks=self.ranks.sum_over_ranks,
                 num_ranks=self.ranks.num_ranks,
+                step_totals=step_totals,
             )
 
         return context
@@ -305,7 +328,8 @@ class SmoeForCausalLM(SmoePreTrainedModel, GenerationMixin):  # type: ignore[mis
         if labels is not None:
             shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
             task_loss = language_model_loss(output.logits, shifted)
-            output.loss = task_loss + weighted_router_loss(output.router_losses or {}, self.config)
+            weights = knobs.loss_weights if knobs is not None else {}
+            output.loss = task_loss + weighted_router_loss(output.router_losses or {}, self.config, weights)
         return output
 
 
@@ -319,9 +343,17 @@ def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORED_LABEL)
 
 
-def weighted_router_loss(losses: Mapping[str, Tensor], config: SmoeConfig) -> Tensor | float:
-    """Returns the sum of the router losses times their coefficients: the one place where a coefficient is applied."""
-    coefficients = config.loss_coefficients()
+def weighted_router_loss(
+    losses: Mapping[str, Tensor], config: SmoeConfig, weights: Mapping[str, float]
+) -> Tensor | float:
+    """Returns the sum of the router losses times their coefficients: the one place where a coefficient is applied.
+
+    Args:
+        losses: By name, without coefficients.
+        config: Holds the coefficients.
+        weights: The curriculum's factors on them.
+    """
+    coefficients = {name: value * weights.get(name, 1.0) for name, value in config.loss_coefficients().items()}
     weighted = [coefficients[name] * value for name, value in losses.items() if coefficients[name] > 0.0]
     return torch.stack(weighted).sum() if weighted else 0.0
 

@@ -101,10 +101,11 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
-    def step(self, learning_rate: float) -> None:
-        """Clips, updates the parameters and clears the gradients."""
+    def step(self, learning_rate: float, frozen: bool = False) -> None:
+        """Clips, updates the parameters and clears the gradients; see `smoe_train.training.engine.Engine`."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            # Adam moves nothing at a rate of 0, whatever its moments and weight decay are.
+            group["lr"] = 0.0 if frozen and group.get("late_frozen") else learning_rate
         if self._stage == 0:
             self._clip()
         self._engine.step()

@@ -20,19 +20,19 @@ def slots_per_expert(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def load_balance_loss(assignment: Assignment, context: Context) -> Tensor:
-    """Load balance ``N * sum_i f_i * P_i`` over the tokens of this micro-batch on all ranks (0-dim fp32).
+    """Load balance ``N * sum_i f_i * P_i`` over the tokens of a step on all ranks (0-dim fp32).
 
     ``f_i`` is expert i's share of the routed slots and carries no gradient; ``P_i`` is its mean full-softmax
     probability. The value is 1 at perfect balance and N at collapse onto one expert with one-hot probabilities, for
-    any k and any number of ranks: the counts are summed over the ranks, and the mean of the results over ranks is the
-    value of the concatenated batch.
+    any k and any number of ranks and micro-batches: the counts are `Context.total`, and the mean of the results over
+    ranks and micro-batches is the value of the concatenated batch.
 
     Source: GShard (arXiv 2006.16668), Switch (arXiv 2101.03961, eq. 4). Deviations: f counts all k slots, not the
     first choice only, and is divided by the number of slots, so that the optimum does not depend on k; Switch's
     factor alpha is applied by the trainer.
     """
     num_experts = assignment.logits_TE.shape[1]
-    slots_E = context.sum_over_ranks(slots_per_expert(assignment.expert_ids_TK, num_experts))
+    slots_E = context.total("slots_E", slots_per_expert(assignment.expert_ids_TK, num_experts))
     share_E = _share(slots_E.to(assignment.logits_TE.dtype))
     probabilities_TE = torch.softmax(assignment.logits_TE, dim=-1)
     return context.token_mean(num_experts * (probabilities_TE * share_E).sum(dim=-1))

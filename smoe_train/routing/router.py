@@ -13,7 +13,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from smoe_train.routing.contract import Assignment, Context, Draw, Merged, RouterConfig, RouterShape
+from smoe_train.routing.contract import (
+    EMPTY_SLOT,
+    Assignment,
+    Contest,
+    Context,
+    Draw,
+    Merged,
+    Outcome,
+    RouterConfig,
+    RouterShape,
+)
 from smoe_train.routing.losses import routing_stats
 
 
@@ -22,11 +32,17 @@ class Router(nn.Module, ABC):
 
     Attributes:
         loss_names: Auxiliary losses that the policy can return; a coefficient for any other is a mistake.
+        batch_losses: Those of them that are not means over tokens, but functions of sums over the whole batch.
+        causal: Whether a token's routing depends on no later token; False makes a policy useless for generation.
+        looks_back_tokens: Earlier tokens of a sequence that decide about one; generation then runs without a cache.
         paper: Where the policy comes from, with its arXiv id.
         summary: The idea in one line.
     """
 
     loss_names: ClassVar[frozenset[str]]
+    batch_losses: ClassVar[frozenset[str]] = frozenset()
+    causal: ClassVar[bool] = True
+    looks_back_tokens: int = 0
     paper: ClassVar[str]
     summary: ClassVar[str]
 
@@ -39,6 +55,16 @@ class Router(nn.Module, ABC):
     def build(cls, config: RouterConfig, shape: RouterShape, num_layers: int) -> list[Router]:
         """Returns one router for each of ``num_layers`` MoE layers; a policy that shares parts overrides this."""
         return [cls(config, shape) for _ in range(num_layers)]
+
+    @classmethod
+    def losses_of(cls, config: RouterConfig) -> frozenset[str]:
+        """Returns the auxiliary losses of a policy with these options: a policy over a base has the base's too."""
+        return cls.loss_names
+
+    @classmethod
+    def batch_losses_of(cls, config: RouterConfig) -> frozenset[str]:
+        """Returns those of `losses_of` that are functions of sums over the whole batch."""
+        return cls.batch_losses
 
     @abstractmethod
     def initialise(self, draw: Draw) -> None:
@@ -58,6 +84,20 @@ class Router(nn.Module, ABC):
     def losses(self, assignment: Assignment, context: Context) -> dict[str, Tensor]:
         """Returns the auxiliary losses that the assignment alone determines."""
 
+    def contest(self, context: Context) -> Contest | None:
+        """Returns how the experts compete in this pass, or None where the assignment decides."""
+        return None
+
+    def settle(self, assignment: Assignment, outcome: Outcome, context: Context) -> Assignment:
+        """Returns the assignment that a contest led to.
+
+        Args:
+            assignment: What `assign` would have done.
+            outcome: Responses and winners.
+            context: The decisions for this pass.
+        """
+        raise NotImplementedError(f"{type(self).__name__} announces a contest but does not settle it")
+
     def merge(self, assignment: Assignment, y_TKD: Tensor, context: Context) -> Merged:
         """Combines the experts' outputs: by default the weighted sum over the slots.
 
@@ -67,7 +107,29 @@ class Router(nn.Module, ABC):
             context: The decisions for this pass.
         """
         out_TD = torch.bmm(assignment.weights_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
-        return Merged(out_TD, self.losses(assignment, context), routing_stats(assignment, context))
+        experts_of_token_T = (assignment.expert_ids_TK != EMPTY_SLOT).sum(dim=1)
+        return Merged(out_TD, experts_of_token_T, self.losses(assignment, context), routing_stats(assignment, context))
+
+    def trained_by(self) -> dict[str, frozenset[str]]:
+        """Returns, for the task (``task``) and each auxiliary loss, the own parameters that get gradient from it.
+
+        By default every trainable parameter gets gradient from everything. The experts of the same layer get gradient
+        from the task and from what `losses_reaching_experts` names. The self-test holds a run to this.
+        """
+        trainable = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        return dict.fromkeys(["task", *self.losses_of(self.config)], trainable)
+
+    def losses_reaching_experts(self) -> frozenset[str]:
+        """Returns the auxiliary losses whose gradient reaches the experts of the same layer."""
+        return frozenset()
+
+    def late_frozen(self) -> list[nn.Parameter]:
+        """Returns the parameters that are trained at first and frozen later, see `frozen`."""
+        return []
+
+    def frozen(self, step: int) -> bool:
+        """Returns whether `late_frozen` is frozen in an optimizer step: not a bit of it changes then."""
+        return False
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Called once after each optimizer step with the step's summed stats; the only place to change a buffer."""

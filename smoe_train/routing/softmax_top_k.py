@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from smoe_train.routing.contract import Assignment, Context, RouterConfig, RouterShape
+from smoe_train.routing.contract import Assignment, Context, RouterConfig, RouterPlan, RouterShape
 from smoe_train.routing.losses import load_balance_loss, z_loss
 from smoe_train.routing.noise import uniform_noise
 from smoe_train.routing.router import Router
@@ -31,9 +31,9 @@ class SoftmaxTopKConfig(RouterConfig):
     jitter: float = Field(0.0, ge=0.0, lt=1.0)
     """Training only: multiplies the router's input by uniform noise in 1 +- jitter (Switch, arXiv 2101.03961)."""
 
-    def problems(self, top_k_values: frozenset[int], num_experts: int) -> list[str]:
+    def problems(self, plan: RouterPlan) -> list[str]:
         """A single renormalised weight is always 1: the router would get no gradient from the task."""
-        if 1 in top_k_values and self.softmax != "before_top_k":
+        if 1 in plan.top_k_values and self.softmax != "before_top_k":
             return [
                 f"softmax: {self.softmax} with k = 1 gives every token the weight 1, so the router gets no gradient "
                 "from the task; use softmax: before_top_k or k >= 2"
@@ -42,9 +42,14 @@ class SoftmaxTopKConfig(RouterConfig):
 
 
 class SoftmaxTopKRouter(Router):
-    """Scores tokens by ``x W^T + b`` with W and b from `weight_and_bias`, and selects the k best experts."""
+    """Scores experts, selects the k best and weighs them by a softmax: a probability router.
+
+    Scores are ``x W^T + b`` with W and b from `weight_and_bias`; a policy that scores otherwise overrides `scores`.
+    Adaptive gating works over any such router.
+    """
 
     loss_names: ClassVar[frozenset[str]] = frozenset({"load_balance_loss", "z_loss"})
+    batch_losses: ClassVar[frozenset[str]] = frozenset({"load_balance_loss"})
     config: SoftmaxTopKConfig
 
     def __init__(self, config: SoftmaxTopKConfig, shape: RouterShape) -> None:
@@ -54,13 +59,17 @@ class SoftmaxTopKRouter(Router):
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Returns the router's weight [E, D] and bias [E], or None for no bias."""
 
+    def scores(self, x_TD: Tensor, context: Context) -> Tensor:
+        """Returns the logits [T, E] of the softmax, fp32 (fp64 for fp64 input); the caller switches autocast off."""
+        dtype = router_dtype(x_TD)
+        weight_ED, bias_E = self.weight_and_bias()
+        x_TD = self._jittered(x_TD.to(dtype), context)
+        return F.linear(x_TD, weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+
     def assign(self, x_TD: Tensor, token_ids_T: Tensor, context: Context) -> Assignment:
         """Selects the ``context.top_k`` best-scored experts of each token."""
-        dtype = router_dtype(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            weight_ED, bias_E = self.weight_and_bias()
-            x_TD = self._jittered(x_TD.to(dtype), context)
-            logits_TE = F.linear(x_TD, weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+            logits_TE = self.scores(x_TD, context)
             expert_ids_TK = select_top_k(logits_TE, context.top_k)
             weights_TK = combination_weights(logits_TE, expert_ids_TK, self.config.softmax)
         expert_ids_TK, weights_TK = without_padding(expert_ids_TK, weights_TK, context.token_mask_T)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
 
 from smoe_train.config import StrictModel
+from smoe_train.schedules.competition import CompetitionConfig, CompetitionSchedule
+
+# The step of a pass outside training: every schedule has ended, a policy of several stages is in its last.
+AFTER_TRAINING = 2**62
 
 TopKForm = Literal[
     "linear_increase",
@@ -41,12 +46,45 @@ class TopKScheduleConfig(StrictModel):
     """Steps that the change takes; training.max_steps if not given. Afterwards the last value stays."""
 
 
+class ValueScheduleConfig(StrictModel):
+    """How a number changes over training."""
+
+    form: Literal["linear", "cosine", "exponential"] = "linear"
+    """Shape of the way from ``first`` to ``last``; ``exponential`` multiplies by the same factor at every step."""
+    first: float
+    """Value until ``start_step``."""
+    last: float
+    """Value after the change."""
+    start_step: int = Field(0, ge=0)
+    """First step of the change."""
+    steps: int | None = Field(None, ge=1)
+    """Steps that the change takes; until training.max_steps if not given."""
+
+
+class SequenceLengthConfig(StrictModel):
+    """Short sequences first (Shortformer, arXiv 2012.15832): a training sequence is cut into equal parts at first."""
+
+    low: int = Field(ge=1)
+    """Length at the start; training.sequence_length must be ``low`` times a power of two. The length doubles at equal
+    intervals. The tokens of a step stay the same: none is left out, each part is a sequence of its own."""
+    steps: int = Field(ge=1)
+    """Steps until the full length is reached."""
+
+
 class CurriculumConfig(StrictModel):
     """What changes over training."""
 
     top_k: TopKScheduleConfig | None = None
     """Schedule of the experts a token in training; without it, model.moe.top_k throughout. Evaluation and inference
     use model.moe.top_k in either case."""
+    threshold: ValueScheduleConfig | None = None
+    """Schedule of the threshold of adaptive gating; without it, the router's own option throughout."""
+    competition: CompetitionConfig | None = None
+    """When experts compete; only with the router compete_smoe, whose default is this section's defaults."""
+    loss_weights: dict[str, ValueScheduleConfig] = Field(default_factory=dict)
+    """By name of an auxiliary loss, a factor on its coefficient."""
+    sequence_length: SequenceLengthConfig | None = None
+    """Shorter training sequences at first; without it, training.sequence_length throughout."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +94,18 @@ class Knobs:
     Attributes:
         step: Optimizer step, counted from 0.
         top_k: Experts a token.
+        threshold: Threshold of adaptive gating; None leaves the router's option.
+        competing_layers: Layers whose experts compete.
+        loss_weights: Factors on the coefficients of auxiliary losses; 1 where none is given.
+        sequence_length: Tokens of a training sequence; None leaves them as they are.
     """
 
     step: int
     top_k: int
+    threshold: float | None = None
+    competing_layers: frozenset[int] = frozenset()
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    sequence_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,18 +116,36 @@ class Curriculum:
         config: The recipe's section.
         top_k: Experts a token where no schedule says otherwise.
         max_steps: Length of training, the default length of schedules.
+        sequence_length: Full length of a training sequence.
+        competition: When experts compete; None if they never do.
     """
 
     config: CurriculumConfig
     top_k: int
     max_steps: int
+    sequence_length: int
+    competition: CompetitionSchedule | None = None
 
     def knobs(self, step: int) -> Knobs:
         """Returns the knobs of an optimizer step."""
-        schedule = self.config.top_k
-        if schedule is None:
-            return Knobs(step, self.top_k)
-        return Knobs(step, top_k_at(schedule, step, schedule.steps or self.max_steps))
+        config, schedule = self.config, self.config.top_k
+        length = config.sequence_length
+        return Knobs(
+            step=step,
+            top_k=self.top_k if schedule is None else top_k_at(schedule, step, schedule.steps or self.max_steps),
+            threshold=self._threshold(step),
+            competing_layers=self.competition.competing(step) if self.competition is not None else frozenset(),
+            loss_weights={name: value_at(one, step, self.max_steps) for name, one in config.loss_weights.items()},
+            sequence_length=None if length is None else sequence_length_at(length, step, self.sequence_length),
+        )
+
+    def evaluation_knobs(self, step: int, top_k: int | None = None) -> Knobs:
+        """Returns the knobs of a pass without training after ``step`` optimizer steps."""
+        return Knobs(step=step, top_k=self.top_k if top_k is None else top_k, threshold=self._threshold(step))
+
+    def _threshold(self, step: int) -> float | None:
+        schedule = self.config.threshold
+        return None if schedule is None else value_at(schedule, step, self.max_steps)
 
     def top_k_values(self) -> frozenset[int]:
         """Returns every k that training will use."""
@@ -127,3 +191,22 @@ def top_k_at(schedule: TopKScheduleConfig, step: int, steps: int) -> int:
     else:
         value = int(2 ** min(MULTI_STEPS * position // steps, MULTI_STEPS - 1))
     return min(max(value, low), high)
+
+
+def value_at(schedule: ValueScheduleConfig, step: int, max_steps: int) -> float:
+    """Returns a scheduled number at a step; from the end of the change on it is ``last``, to the bit."""
+    steps = schedule.steps or max(max_steps - schedule.start_step, 1)
+    share = min(max((step - schedule.start_step) / steps, 0.0), 1.0)
+    if share in (0.0, 1.0):
+        return schedule.last if share else schedule.first
+    if schedule.form == "exponential":
+        return float(schedule.first * (schedule.last / schedule.first) ** share)
+    if schedule.form == "cosine":
+        share = (1.0 - math.cos(math.pi * share)) / 2.0
+    return schedule.first + (schedule.last - schedule.first) * share
+
+
+def sequence_length_at(schedule: SequenceLengthConfig, step: int, full: int) -> int:
+    """Returns the length of training sequences at a step: ``low`` doubled at equal intervals up to ``full``."""
+    doublings = (full // schedule.low).bit_length() - 1
+    return min(schedule.low << (min(step, schedule.steps) * doublings // schedule.steps), full)

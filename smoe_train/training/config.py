@@ -8,6 +8,8 @@ from pydantic import Field
 
 from smoe_train.config import StrictModel
 
+StatisticsScope = Literal["step", "micro_batch"]
+
 
 class TrainingConfig(StrictModel):
     """Length and batch of training."""
@@ -22,6 +24,11 @@ class TrainingConfig(StrictModel):
     """Sequences of one optimizer step over all processes; the rest is gradient accumulation."""
     gradient_clipping: float | None = Field(1.0, gt=0.0)
     """Largest global gradient norm; null for none."""
+    router_statistics: StatisticsScope = "step"
+    """What router losses that are no means over tokens (load balance) are computed over. ``step``: all micro-batches
+    of the step, so that accumulation is exactly one big batch; with accumulation this costs a forward pass without
+    gradients ahead of each step (about a third of its time). ``micro_batch``: each micro-batch over all ranks, as most
+    frameworks do; a harder constraint the smaller it is (arXiv 2501.11873)."""
     activation_checkpointing: bool = False
     """Compute attention and experts again in the backward pass instead of storing them; routing is replayed."""
 

@@ -26,8 +26,13 @@ class Engine(StateAccess, Protocol):
         """Adds one micro-batch's share of the step's gradients."""
         ...
 
-    def step(self, learning_rate: float) -> None:
-        """Clips, updates the parameters and clears the gradients."""
+    def step(self, learning_rate: float, frozen: bool = False) -> None:
+        """Clips, updates the parameters and clears the gradients.
+
+        Args:
+            learning_rate: Of this step.
+            frozen: Whether the groups marked ``late_frozen`` stay what they are, to the bit.
+        """
         ...
 
     def close(self) -> None:
@@ -73,10 +78,10 @@ class LocalEngine:
         """Adds one micro-batch's share of the step's gradients."""
         (loss / self._accumulation_steps).backward()
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, frozen: bool = False) -> None:
         """Clips, updates the parameters and clears the gradients."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = 0.0 if frozen and group.get("late_frozen") else learning_rate
         self.gradient_norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -32,6 +32,7 @@ class Meter:
         self._micro: list[dict[str, Tensor]] = []
         self._losses: list[dict[str, Tensor]] = []
         self._facts: list[dict[str, Any]] = []
+        self._weights: list[Mapping[str, float]] = []
         self._step_stats: StatSums = {}
         self._routing: StatSums = {}
         self._start = time.perf_counter()
@@ -42,11 +43,12 @@ class Meter:
         self._micro.append({"loss": objective.task, **router_losses})
         add_stats(self._step_stats, objective.output.routing_stats)
 
-    def end_step(self, facts: Mapping[str, Any]) -> StatSums:
+    def end_step(self, facts: Mapping[str, Any], weights: Mapping[str, float]) -> StatSums:
         """Closes a step: its losses are the means over its micro-batches.
 
         Args:
             facts: What else to record of the step; tensors are read when the window is.
+            weights: The curriculum's factors on the coefficients of auxiliary losses in this step.
 
         Returns:
             The step's routing sums of this rank by layer.
@@ -54,6 +56,7 @@ class Meter:
         count = len(self._micro)
         self._losses.append({name: sum_of(self._micro, name) / count for name in self._micro[0]})
         self._facts.append(dict(facts))
+        self._weights.append(weights)
         stats, self._step_stats, self._micro = self._step_stats, {}, []
         add_stats(self._routing, stats)
         # A policy may use fewer slots than k on purpose or by a limit; k itself may change within the window.
@@ -71,14 +74,19 @@ class Meter:
         table = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self._losses])
         rows = (self._sum(table) / self._num_ranks).tolist()
         seconds = (time.perf_counter() - self._start) / len(rows)
-        for facts, row in zip(self._facts, rows, strict=True):
+        for facts, weights, row in zip(self._facts, self._weights, rows, strict=True):
             values = dict(zip(names, row, strict=True))
             record = {key: float(value) if isinstance(value, Tensor) else value for key, value in facts.items()}
             record |= values
-            record |= {f"{name}_weighted": self._coefficients[name] * values[name] for name in names if name != "loss"}
+            record |= {
+                f"{name}_weighted": self._coefficients[name] * weights.get(name, 1.0) * values[name]
+                for name in names
+                if name != "loss"
+            }
             steps.append({**record, "step_seconds": seconds})
         routing = routing_records(self._routing, int(self._facts[-1]["top_k"]), self._sum)
-        self._losses, self._facts, self._routing, self._start = [], [], {}, time.perf_counter()
+        self._losses, self._facts, self._weights, self._routing = [], [], [], {}
+        self._start = time.perf_counter()
         return steps, routing
 
     def pause(self) -> None:

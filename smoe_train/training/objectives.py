@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smoe_train.data.loader import MicroBatch
 from smoe_train.model import SmoeConfig, SmoeOutput, language_model_loss, weighted_router_loss
+from smoe_train.routing import StepTotals
 from smoe_train.schedules import Knobs
 from smoe_train.training.engine import Engine
 
@@ -27,7 +28,9 @@ class Objective:
     output: SmoeOutput
 
 
-def language_modelling(engine: Engine, batch: MicroBatch, knobs: Knobs, config: SmoeConfig) -> Objective:
+def language_modelling(
+    engine: Engine, batch: MicroBatch, knobs: Knobs, config: SmoeConfig, step_totals: StepTotals | None = None
+) -> Objective:
     """Next-token prediction on full sequences.
 
     Args:
@@ -35,7 +38,13 @@ def language_modelling(engine: Engine, batch: MicroBatch, knobs: Knobs, config: 
         batch: Micro-batch without padding: every token is real.
         knobs: What the step is run with.
         config: Holds the router losses' coefficients.
+        step_totals: Sums over the step's micro-batches, if they were collected.
     """
-    output = engine.forward(input_ids=batch.input_ids_BS, knobs=knobs, sample_index=batch.sample_index_B)
+    if knobs.sequence_length is not None:
+        batch = batch.in_sequences_of(knobs.sequence_length)
+    output = engine.forward(
+        input_ids=batch.input_ids_BS, knobs=knobs, sample_index=batch.sample_index_B, step_totals=step_totals
+    )
     task = language_model_loss(output.logits, batch.labels_BS)
-    return Objective(task + weighted_router_loss(output.router_losses, config), task.detach(), output)
+    router = weighted_router_loss(output.router_losses, config, knobs.loss_weights)
+    return Objective(task + router, task.detach(), output)

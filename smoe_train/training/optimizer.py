@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from smoe_train.routing import Router
 from smoe_train.training.config import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Returns the groups ``decayed`` and ``not_decayed`` of all trainable parameters.
+    """Returns groups, ``decayed`` and ``not_decayed``, of all trainable parameters.
 
     Decayed are weight matrices: of linear layers, stacked experts and routers. Not decayed are biases (also the
-    experts', which are stacked to two dimensions), norms, embeddings and routers' vectors.
+    experts', which are stacked to two dimensions), norms, embeddings and routers' vectors. What routers freeze in the
+    course of training is in groups of its own, marked ``late_frozen``, whose learning rate is then 0.
     """
     embeddings = {
         id(parameter)
@@ -22,19 +24,25 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    decayed: list[nn.Parameter] = []
-    not_decayed: list[nn.Parameter] = []
+    late_frozen = {
+        id(parameter) for module in model.modules() if isinstance(module, Router) for parameter in module.late_frozen()
+    }
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_bias = name.rpartition(".")[2].startswith(("b_", "bias"))
         keep = parameter.dim() < 2 or is_bias or id(parameter) in embeddings
-        (not_decayed if keep else decayed).append(parameter)
-    groups = [
-        {"name": "decayed", "params": decayed, "weight_decay": config.weight_decay},
-        {"name": "not_decayed", "params": not_decayed, "weight_decay": 0.0},
+        groups.setdefault((id(parameter) in late_frozen, keep), []).append(parameter)
+    return [
+        {
+            "name": ("late_frozen_" if late else "") + ("not_decayed" if keep else "decayed"),
+            "params": parameters,
+            "weight_decay": 0.0 if keep else config.weight_decay,
+            "late_frozen": late,
+        }
+        for (late, keep), parameters in sorted(groups.items())
     ]
-    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

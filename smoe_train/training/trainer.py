@@ -16,7 +16,7 @@ from smoe_train.errors import RunFailedError, RunStoppedError
 from smoe_train.evaluation import LanguageModelScore, StatSums, evaluate_language_model
 from smoe_train.model import SmoePreTrainedModel
 from smoe_train.reporting import Journal
-from smoe_train.routing import Router
+from smoe_train.routing import Router, StepTotals
 from smoe_train.schedules import Curriculum, Knobs, LearningRateConfig, learning_rate
 from smoe_train.training.config import EvaluationConfig, TrainingConfig
 from smoe_train.training.engine import Engine
@@ -28,7 +28,7 @@ from smoe_train.training.stop import StopRequest
 if TYPE_CHECKING:
     from smoe_train.parallel.process import Process
 
-MakeObjective = Callable[[Engine, MicroBatch, Knobs], Objective]
+MakeObjective = Callable[[Engine, MicroBatch, Knobs, StepTotals | None], Objective]
 
 
 @dataclass
@@ -99,17 +99,21 @@ class Trainer:
         """
         max_steps = self.config.max_steps
         state, engine = self.state, self.engine
-        adapting = [router for router in self.model.routers().values() if adapts(router)]
+        routers = self.model.routers().values()
+        adapting = any(adapts(router) for router in routers)
         meter = Meter(self.process.world_size, self.process.sum, self.model.config.loss_coefficients())
+        count_ahead = self._must_count_ahead()
         self.model.train()
         for micro_batches in self.batches.steps(state.step, max_steps):
             knobs = self.curriculum.knobs(state.step)
             rate = learning_rate(self.learning_rate, state.step, max_steps)
+            micro_batches = [batch.to(self.process.device) for batch in micro_batches]
+            totals = self._count(micro_batches, knobs) if count_ahead else None
             for batch in micro_batches:
-                objective = self.objective(engine, batch.to(self.process.device), knobs)
+                objective = self.objective(engine, batch, knobs, totals)
                 engine.backward(objective.total)
                 meter.add(objective)
-            engine.step(rate)
+            engine.step(rate, frozen=any(router.frozen(state.step) for router in routers))
 
             state.step += 1
             state.tokens += self.config.global_batch_size * self.config.sequence_length
@@ -120,7 +124,8 @@ class Trainer:
                     "learning_rate": rate,
                     "top_k": knobs.top_k,
                     "gradient_norm": engine.gradient_norm,
-                }
+                },
+                knobs.loss_weights,
             )
             if adapting:
                 self._adapt_routers(stats)
@@ -139,6 +144,25 @@ class Trainer:
             if evaluate or save:
                 meter.pause()
         return state
+
+    def _must_count_ahead(self) -> bool:
+        """Returns whether a router loss in use needs sums over micro-batches that are not there yet."""
+        if self.config.router_statistics != "step" or self.batches.accumulation_steps == 1:
+            return False
+        coefficients = self.model.config.loss_coefficients()
+        needing = {name for router in self.model.routers().values() for name in router.batch_losses_of(router.config)}
+        return any(coefficients[name] > 0.0 for name in needing)
+
+    def _count(self, micro_batches: list[MicroBatch], knobs: Knobs) -> StepTotals:
+        """Runs the step's micro-batches without gradients for the sums that router losses are functions of."""
+        totals = StepTotals(len(micro_batches))
+        device = self.process.device
+        # The dropout of this pass is that of the next: the same tokens take the same ways.
+        with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            for batch in micro_batches:
+                self.objective(self.engine, batch, knobs, totals)
+        totals.finish()
+        return totals
 
     def _record(self, meter: Meter) -> None:
         """Reads the meter, writes the records, and refuses to go on without finite numbers."""
@@ -167,9 +191,8 @@ class Trainer:
         scores = evaluate_language_model(
             self.model,
             self.validation,
-            top_k_values,
+            [self.curriculum.evaluation_knobs(self.state.step, top_k) for top_k in top_k_values],
             self.bytes_per_token["valid"],
-            self.state.step,
             self.process.device,
             self.process.sum,
         )
@@ -204,12 +227,17 @@ class Trainer:
             self.journal.note(f"checkpoint {path}{' (best so far)' if best else ''}")
 
     def _adapt_routers(self, stats: StatSums) -> None:
-        """Gives routers that keep statistics the sums of the step over all ranks."""
+        """Gives routers that keep statistics the sums of the step over all ranks, in one reduction."""
         routers = self.model.routers()
+        keys = [(layer, name) for layer in sorted(stats) for name in sorted(stats[layer])]
+        flat = self.process.sum(torch.cat([stats[layer][name].reshape(-1).float() for layer, name in keys]))
+        parts = flat.split([stats[layer][name].numel() for layer, name in keys])
+        summed: dict[int, dict[str, Tensor]] = {}
+        for (layer, name), part in zip(keys, parts, strict=True):
+            summed.setdefault(layer, {})[name] = part.view(stats[layer][name].shape)
         with torch.no_grad():
-            for layer, values in stats.items():
-                summed: dict[str, Tensor] = {name: self.process.sum(value) for name, value in values.items()}
-                routers[layer].after_step(summed)
+            for layer, values in summed.items():
+                routers[layer].after_step(values)
 
 
 def adapts(router: Router) -> bool:

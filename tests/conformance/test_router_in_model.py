@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.router_cases import every_router
+from support.router_cases import every_router, every_router_with
 from support.small_model import small_model, text
 
 from smoe_train.model import SmoeForCausalLM
@@ -16,7 +16,7 @@ def model_of(case, **changes):
     return small_model(router=case.options.model_dump(mode="json"), **changes)
 
 
-@every_router
+@every_router_with("causal")
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_causality(case, top_k):
     """Invariant 19: changing later tokens changes no earlier logits."""
@@ -103,7 +103,7 @@ def test_saved_and_loaded_models_agree(case, tmp_path):
         torch.testing.assert_close(loaded(text()).logits, expected, atol=1e-6, rtol=0)
 
 
-@every_router
+@every_router_with("cache")
 def test_generation_with_cache_equals_without(case):
     """Greedy generation, one token at a time from a cache or from scratch."""
     model = model_of(case).eval()

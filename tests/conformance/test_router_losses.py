@@ -5,15 +5,21 @@ import math
 
 import pytest
 import torch
-from support.router_cases import CASES, NUM_EXPERTS, assign, context, every_router, run, token_ids, tokens
+from support.router_cases import CASES, NUM_EXPERTS, assign, context, every_router, holds, run, token_ids, tokens
 
 from smoe_train.model.smoe_config import SmoeConfig
 from smoe_train.model.transformer import weighted_router_loss
 from smoe_train.routing import ROUTERS, Assignment
 from smoe_train.routing.losses import load_balance_loss
 
-HAVE_BALANCE = [case for case in CASES if "load_balance_loss" in ROUTERS.get(case.name).router.loss_names]
-HAVE_Z = [case for case in CASES if "z_loss" in ROUTERS.get(case.name).router.loss_names]
+
+def losses_of(case):
+    """The losses that a case can return."""
+    return ROUTERS.get(case.name).router.losses_of(case.options)
+
+
+HAVE_BALANCE = [case for case in CASES if "load_balance_loss" in losses_of(case) and holds(case, "plain balance")]
+HAVE_Z = [case for case in CASES if "z_loss" in losses_of(case)]
 with_balance = pytest.mark.parametrize("case", HAVE_BALANCE, ids=str)
 
 
@@ -26,7 +32,7 @@ def assignment(ids, logits):
 def test_only_announced_losses_are_returned(case):
     """A coefficient may be set for announced losses only; each is one finite fp32 number."""
     losses = run(case.layer(), tokens(), context()).losses
-    assert losses.keys() <= ROUTERS.get(case.name).router.loss_names
+    assert losses.keys() <= losses_of(case)
     for value in losses.values():
         assert value.shape == ()
         assert value.dtype == torch.float32
@@ -80,7 +86,7 @@ def test_z_loss_by_hand(case):
 @every_router
 def test_each_loss_moves_the_trainable_router(case):
     """Invariant 14: the gradient of each loss alone reaches the router, at any k, even where the task's does not."""
-    for name in sorted(ROUTERS.get(case.name).router.loss_names & {"load_balance_loss", "z_loss"}):
+    for name in sorted(losses_of(case) & {"load_balance_loss", "z_loss"}):
         for top_k in (1, 2):
             router = case.routers()[0]
             result = assign(router, tokens(), context(top_k))
@@ -115,12 +121,12 @@ def test_a_coefficient_of_zero_contributes_nothing():
     """Invariant 14: not even a multiplication by zero: a NaN loss with coefficient 0 does not reach the total."""
     losses = {"load_balance_loss": torch.tensor(3.0, requires_grad=True), "z_loss": torch.tensor(math.nan)}
     config = SmoeConfig(load_balance_coefficient=0.5, z_loss_coefficient=0.0)
-    total = weighted_router_loss(losses, config)
+    total = weighted_router_loss(losses, config, {})
     assert total.item() == 1.5
     total.backward()
     assert float(losses["load_balance_loss"].grad) == 0.5
     none = SmoeConfig(load_balance_coefficient=0.0, z_loss_coefficient=0.0)
-    assert weighted_router_loss(losses, none) == 0.0
+    assert weighted_router_loss(losses, none, {}) == 0.0
 
 
 def on_ranks(router, x, sizes, masks=None, top_k=2):

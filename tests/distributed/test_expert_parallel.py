@@ -22,6 +22,7 @@ from smoe_train.data import prepare
 from smoe_train.data.loader import TrainBatches
 from smoe_train.model import RankReduction
 from smoe_train.recipe import Recipe
+from smoe_train.schedules import Knobs
 from smoe_train.training.engine import Engine, LocalEngine
 from smoe_train.training.objectives import language_modelling
 from smoe_train.training.optimizer import parameter_groups
@@ -251,7 +252,7 @@ def unequal_evaluation(recipe: Recipe) -> list[dict[str, float | int]]:
     model.model.ranks = RankReduction(process.sum, process.world_size)
     # 5 blocks and a rest: the ranks have different numbers of real rows, and some batches are padding alone.
     batches = EvaluationBatches(tokens.tokens("valid"), 16, 1, process.rank, process.world_size, max_tokens=85)
-    scores = evaluate_language_model(model, batches, (1, 2, 8), 1.0, 0, process.device, process.sum)
+    scores = evaluate_language_model(model, batches, [Knobs(0, k) for k in (1, 2, 8)], 1.0, process.device, process.sum)
     return [score.to_json() for score in scores]
 
 

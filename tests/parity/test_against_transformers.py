@@ -20,7 +20,7 @@ LEARNING_RATE = 0.05
 
 
 def our_layer(softmax):
-    router = TopKRouter(TopKConfig(softmax=softmax, init_std=0.5), RouterShape(D_MODEL, NUM_EXPERTS))
+    router = TopKRouter(TopKConfig(softmax=softmax, init_std=0.5), RouterShape(D_MODEL, NUM_EXPERTS, 7))
     router.initialise(KeyedDraw(0, "router"))
 
     def make(ids):
@@ -111,7 +111,7 @@ def test_load_balance_loss(top_k, padded):
 
 def test_load_balance_golden_values():
     """Three tokens, two experts, logits 0 or ln 3 apart: P = (3/4, 1/4) or (1/2, 1/2)."""
-    router = TopKRouter(TopKConfig(bias=True), RouterShape(1, 2))
+    router = TopKRouter(TopKConfig(bias=True), RouterShape(1, 2, 7))
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[1.0], [0.0]]))
         router.bias.zero_()

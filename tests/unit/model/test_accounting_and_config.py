@@ -53,7 +53,7 @@ def test_census_of_a_large_model_allocates_nothing():
 
 
 def problems(top_k_values=(2,), **options):
-    return [key for key, _ in ModelConfig(**options).problems(frozenset(top_k_values))]
+    return [key for key, _ in ModelConfig(**options).problems(frozenset(top_k_values), 10)]
 
 
 @pytest.mark.parametrize(

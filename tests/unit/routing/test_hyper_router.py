@@ -117,7 +117,7 @@ def test_generation_is_deterministic_and_depends_on_the_embedding():
 def test_with_a_frozen_embedding_it_is_a_frozen_linear_router(kind, generated_bias):
     """Invariant 4: identical outputs and expert gradients over 10 SGD steps, inputs included."""
     router = hyper(hypernet_std=0.15, generated_bias=generated_bias)
-    linear = TopKRouter(TopKConfig(bias=generated_bias), RouterShape(16, 8))
+    linear = TopKRouter(TopKConfig(bias=generated_bias), RouterShape(16, 8, 7))
     with torch.no_grad():
         weight, bias = router.weight_and_bias()
         linear.weight.copy_(weight)
@@ -168,7 +168,7 @@ def test_gradient_of_the_embedding_against_finite_differences():
 @pytest.mark.parametrize(("hyper_hidden", "frozen"), [(256, 1_122_576), (64, 283_728)])
 def test_parameter_census(hyper_hidden, frozen):
     """Invariant 16: 256 trained and 1,122,576 frozen a layer; hyper_hidden takes effect (it is dead as released)."""
-    (router,) = HyperRouter.build(HyperRouterConfig(hyper_hidden=hyper_hidden), RouterShape(256, 16), 1)
+    (router,) = HyperRouter.build(HyperRouterConfig(hyper_hidden=hyper_hidden), RouterShape(256, 16, 7), 1)
     assert sum(p.numel() for p in router.parameters() if not p.requires_grad) == frozen
     assert sum(p.numel() for p in router.parameters() if p.requires_grad) == 256
     config = small_config(

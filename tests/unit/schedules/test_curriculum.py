@@ -88,7 +88,7 @@ def test_every_schedule_is_monotone_bounded_and_constant_afterwards(form, low, m
 
 def test_knobs_are_a_function_of_the_step_alone():
     """A resumed run asks for step t and gets what the first run had; evaluation cannot disturb it."""
-    curriculum = Curriculum(CurriculumConfig(top_k=TopKScheduleConfig(low=8, high=16)), 2, 160)
+    curriculum = Curriculum(CurriculumConfig(top_k=TopKScheduleConfig(low=8, high=16)), 2, 160, 64)
     there = [curriculum.knobs(step) for step in range(160)]
     back = [curriculum.knobs(step) for step in reversed(range(160))][::-1]
     assert there == back
@@ -98,14 +98,14 @@ def test_knobs_are_a_function_of_the_step_alone():
 
 def test_schedule_length():
     """Its own steps if given, else those of training."""
-    short = Curriculum(CurriculumConfig(top_k=TopKScheduleConfig(low=2, high=4, steps=10)), 2, 1000)
+    short = Curriculum(CurriculumConfig(top_k=TopKScheduleConfig(low=2, high=4, steps=10)), 2, 1000, 64)
     assert [short.knobs(step).top_k for step in (0, 5, 10, 999)] == [2, 3, 4, 4]
-    whole = Curriculum(CurriculumConfig(top_k=TopKScheduleConfig(low=2, high=4)), 2, 1000)
+    whole = Curriculum(CurriculumConfig(top_k=TopKScheduleConfig(low=2, high=4)), 2, 1000, 64)
     assert [whole.knobs(step).top_k for step in (0, 500, 999)] == [2, 3, 4]
 
 
 def test_without_a_schedule_k_is_the_models():
-    curriculum = Curriculum(CurriculumConfig(), 3, 100)
+    curriculum = Curriculum(CurriculumConfig(), 3, 100, 64)
     assert curriculum.knobs(57) == Knobs(57, 3)
     assert curriculum.top_k_values() == {3}
 
@@ -121,19 +121,19 @@ def test_without_a_schedule_k_is_the_models():
 )
 def test_top_k_values_are_those_that_the_steps_use(form, direction, low, more, length, max_steps):
     schedule = TopKScheduleConfig(form=f"{form}_{direction}", low=low, high=low + more, steps=length)
-    curriculum = Curriculum(CurriculumConfig(top_k=schedule), 2, max_steps)
+    curriculum = Curriculum(CurriculumConfig(top_k=schedule), 2, max_steps, 64)
     assert curriculum.top_k_values() == {curriculum.knobs(step).top_k for step in range(max_steps)}
 
 
 def test_k_of_a_step_that_is_never_run_is_not_counted():
     """The schedule ends at max_steps, one step after the last: k = 1 there is no reason to refuse a recipe."""
     schedule = TopKScheduleConfig(form="linear_decrease", low=1, high=2)
-    assert Curriculum(CurriculumConfig(top_k=schedule), 2, 1).top_k_values() == {2}
+    assert Curriculum(CurriculumConfig(top_k=schedule), 2, 1, 64).top_k_values() == {2}
 
 
 def test_long_schedules_are_listed_quickly():
     schedule = TopKScheduleConfig(low=1, high=64)
-    assert Curriculum(CurriculumConfig(top_k=schedule), 2, 10**9).top_k_values() == set(range(1, 65))
+    assert Curriculum(CurriculumConfig(top_k=schedule), 2, 10**9, 64).top_k_values() == set(range(1, 65))
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ def test_losses_are_means_of_the_micro_batches():
     meter = Meter(1, alone, COEFFICIENTS)
     meter.add(objective(1.0, 1.0, [3.0, 1.0]))
     meter.add(objective(2.0, 3.0, [2.0, 2.0]))
-    meter.end_step({"step": 1, "top_k": 1, "gradient_norm": torch.tensor(0.25), "learning_rate": 0.5})
+    meter.end_step({"step": 1, "top_k": 1, "gradient_norm": torch.tensor(0.25), "learning_rate": 0.5}, {})
     meter.add(objective(4.0, 1.0, [4.0, 0.0]))
-    meter.end_step({"step": 2, "top_k": 1, "gradient_norm": 0.5, "learning_rate": 0.1})
+    meter.end_step({"step": 2, "top_k": 1, "gradient_norm": 0.5, "learning_rate": 0.1}, {})
     steps, routing = meter.read()
     seconds = [record.pop("step_seconds") for record in steps]
     assert seconds[0] == seconds[1] > 0.0
@@ -64,12 +64,12 @@ def test_a_step_returns_its_own_sums_and_a_window_starts_anew():
     meter = Meter(1, alone, COEFFICIENTS)
     for slots in ([1.0, 3.0], [2.0, 2.0]):
         meter.add(objective(1.0, 1.0, slots))
-        returned = meter.end_step({"step": 1, "top_k": 1})
+        returned = meter.end_step({"step": 1, "top_k": 1}, {})
         assert returned[1]["slots_E"].tolist() == slots
     assert meter.read()[1][0]["load"] == [3 / 8, 5 / 8]
     assert meter.read() == ([], [])
     meter.add(objective(7.0, 1.0, [0.0, 4.0]))
-    meter.end_step({"step": 3, "top_k": 1})
+    meter.end_step({"step": 3, "top_k": 1}, {})
     (step,), (layer,) = meter.read()
     assert (step["step"], step["loss"], layer["load"], layer["dead_experts"]) == (3, 7.0, [0.0, 1.0], 1)
 
@@ -80,7 +80,7 @@ def test_losses_are_means_over_ranks_and_routing_is_a_sum():
 
     meter = Meter(2, two_ranks, COEFFICIENTS)
     meter.add(objective(2.0, 1.0, [3.0, 1.0]))
-    meter.end_step({"step": 1, "top_k": 1})
+    meter.end_step({"step": 1, "top_k": 1}, {})
     (step,), (layer,) = meter.read()
     assert step["loss"] == 3.0
     assert layer["tokens"] == 12.0
@@ -89,16 +89,16 @@ def test_losses_are_means_over_ranks_and_routing_is_a_sum():
 def test_what_the_step_returns_is_not_changed_by_later_steps():
     meter = Meter(1, alone, COEFFICIENTS)
     meter.add(objective(1.0, 1.0, [1.0, 3.0]))
-    first = meter.end_step({"step": 1, "top_k": 1})
+    first = meter.end_step({"step": 1, "top_k": 1}, {})
     meter.add(objective(1.0, 1.0, [4.0, 0.0]))
-    meter.end_step({"step": 2, "top_k": 1})
+    meter.end_step({"step": 2, "top_k": 1}, {})
     assert first[1]["slots_E"].tolist() == [1.0, 3.0]
 
 
 def test_a_loss_that_is_not_finite_is_read_as_it_is():
     meter = Meter(1, alone, COEFFICIENTS)
     meter.add(objective(math.nan, 1.0, [1.0, 3.0]))
-    meter.end_step({"step": 1, "top_k": 1})
+    meter.end_step({"step": 1, "top_k": 1}, {})
     assert math.isnan(meter.read()[0][0]["loss"])
 
 

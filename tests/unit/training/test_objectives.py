@@ -19,7 +19,7 @@ def test_the_total_is_the_task_loss_plus_weighted_router_losses(balance, z):
     moe = {"load_balance_coefficient": balance, "z_loss_coefficient": z, "router": {"type": "top_k", "init_std": 1.0}}
     model = build_model(tiny_recipe(Path("unused"), model={"moe": moe}), 32)
     ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
-    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(2, 8, dtype=torch.bool), torch.arange(2))
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(2, 8, dtype=torch.bool), torch.arange(2), torch.arange(2))
     engine = SimpleNamespace(forward=model)
     found = language_modelling(engine, batch, Knobs(0, 2), model.config)
     logits = found.output.logits.detach().double()

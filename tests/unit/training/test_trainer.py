@@ -138,10 +138,10 @@ def test_a_stop_request_ends_the_run_with_a_checkpoint(whole, text, tmp_path):
     trainer = start(recipe_of(text, checkpoint={"every_steps": 100}), tmp_path, stop=stop)
     real = trainer.objective
 
-    def objective(engine, batch, knobs):
+    def objective(engine, batch, knobs, totals):
         if knobs.step == 1:
             stop.signal = signal.SIGTERM
-        return real(engine, batch, knobs)
+        return real(engine, batch, knobs, totals)
 
     trainer.objective = objective
     with pytest.raises(RunStoppedError, match="stopped as asked after step 2; the same command resumes the run"):
@@ -177,7 +177,7 @@ def test_a_complete_run_has_nothing_left_to_do(whole, text, tmp_path):
 def poison_loss(trainer, step):
     real = trainer.objective
 
-    def objective(engine, batch, knobs):
+    def objective(engine, batch, knobs, totals):
         found = real(engine, batch, knobs)
         if knobs.step != step:
             return found
