@@ -178,7 +178,7 @@ def poison_loss(trainer, step):
     real = trainer.objective
 
     def objective(engine, batch, knobs, totals):
-        found = real(engine, batch, knobs)
+        found = real(engine, batch, knobs, totals)
         if knobs.step != step:
             return found
         return type(found)(found.total * float("nan"), found.task * float("nan"), found.output)
@@ -191,10 +191,10 @@ def poison_gradient(trainer, step):
     parameter = next(trainer.model.parameters())
     real = trainer.engine.step
 
-    def engine_step(rate):
+    def engine_step(rate, frozen=False):
         if trainer.state.step == step:
             parameter.grad[0, 0] = float("inf")
-        real(rate)
+        real(rate, frozen)
 
     trainer.engine.step = engine_step
 
