@@ -3,13 +3,14 @@
 #   PYTHON          interpreter that makes the environment (3.10 or newer)
 #   PIP_TORCH_ARGS  further pip arguments for torch, e.g. --index-url of another build
 #   PYTEST_ARGS     further pytest arguments, e.g. "-n 2" or "-k routing"
-#   DEMO_ARGS, BENCH_ARGS
+#   DEMO_ARGS, BENCH_ARGS, COMPARE_ARGS
 
 PYTHON ?= python3
 PIP_TORCH_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+COMPARE_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint types format bench docs docker clean
+.PHONY: help demo test test-slow lint types format bench compare docs docker clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,6 +48,9 @@ format: .venv/dev.stamp ## rewrite the code to the format
 
 bench: .venv/package.stamp ## time the mixture-of-experts layer against a dense one
 	$(BIN)/python scripts/bench_moe.py $(BENCH_ARGS)
+
+compare: .venv/dev.stamp ## train every routing policy on a piece of enwik8 and write the table (about an hour)
+	$(BIN)/python scripts/compare_policies.py $(COMPARE_ARGS)
 
 docs: .venv/docs.stamp ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -69,3 +69,9 @@ class RunStoppedError(SmoeError):
     """A run that was asked to stop, has written its checkpoint and can be resumed."""
 
     exit_code = 75
+
+
+class CheckFailedError(SmoeError):
+    """A check of the program itself that failed: training would go on, but not as it should."""
+
+    exit_code = 3

@@ -103,12 +103,13 @@ def validate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Also run the first step and check it.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Check a recipe and show its layout and cost; no accelerator is touched."""
+    """Check a recipe and show its layout and cost; no accelerator is touched without --self-test."""
     from smoe_train.cli import validate as command
 
-    command.validate(recipe, tuple(overrides or ()), nproc or 1, json)
+    command.validate(recipe, tuple(overrides or ()), nproc or 1, self_test, json)
 
 
 @app.command()

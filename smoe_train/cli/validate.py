@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,18 +14,59 @@ from smoe_train.parallel.footprint import Footprint, footprint
 from smoe_train.parallel.topology import Topology, valid_expert_parallel_sizes
 from smoe_train.recipe import Recipe, load_recipe
 
+# The self-test of `validate` runs here alone; a run itself tests its own topology.
+ONE_PROCESS = (
+    "parallel.engine=local",
+    "parallel.expert_parallel_size=1",
+    "parallel.precision=fp32",
+    "training.self_test=true",
+    "curriculum.order=null",  # has no part in the first step
+)
 
-def validate(name_or_path: str, overrides: tuple[str, ...], nproc: int, as_json: bool) -> None:
-    """Prints the plan of a recipe on ``nproc`` processes.
+
+def validate(name_or_path: str, overrides: tuple[str, ...], nproc: int, self_test: bool, as_json: bool) -> None:
+    """Prints the plan of a recipe on ``nproc`` processes, after a self-test if asked for.
 
     Raises:
         RecipeError: Something is wrong; every mistake is listed.
+        CheckFailedError: The self-test found something that would train wrongly.
     """
     recipe = load_recipe(name_or_path, overrides, nproc)
+    tested = None
+    if self_test:
+        one_micro_batch = f"training.global_batch_size={recipe.training.micro_batch_size}"
+        tested = rehearse(load_recipe(name_or_path, (*overrides, *ONE_PROCESS, one_micro_batch)))
     if as_json:
-        print(json.dumps(plan_of(recipe, nproc), indent=1))
-    else:
-        show(recipe, nproc)
+        print(json.dumps(plan_of(recipe, nproc) | ({} if tested is None else {"self_test": tested}), indent=1))
+        return
+    show(recipe, nproc)
+    if tested is not None:
+        print(
+            f"self-test passed: {', '.join(tested['losses'])} reach what they should and nothing else, "
+            f"{tested['parameters_in_optimizer']} parameters are in one optimizer group each, the experts of "
+            f"{len(tested['moe_layers'])} layers change in the first step"
+        )
+
+
+def rehearse(recipe: Recipe) -> dict[str, Any]:
+    """Runs the self-test and the first optimizer step of a recipe in this process and keeps nothing of it.
+
+    Raises:
+        CheckFailedError: Something would train wrongly.
+        DataError: The data cannot be read.
+    """
+    from smoe_train.assembly import build_trainer, start_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(recipe, start_process(recipe), Path(folder))
+        trainer.rehearsal = True
+        trainer.train()
+        losses = {name for router in trainer.model.routers().values() for name in router.losses_of(router.config)}
+        return {
+            "losses": ["task", *sorted(losses)],
+            "parameters_in_optimizer": sum(parameter.requires_grad for parameter in trainer.model.parameters()),
+            "moe_layers": list(trainer.model.routers()),
+        }
 
 
 def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
@@ -60,6 +103,7 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
         "tokens_per_step": training.global_batch_size * training.sequence_length,
         "accumulation_steps": training.global_batch_size // (training.micro_batch_size * nproc),
         "top_k_in_training": sorted(recipe.schedule().top_k_values()),
+        "curriculum": recipe.schedule().outline(),
         "bytes_per_rank": cost.to_json(),
     }
 
@@ -91,6 +135,11 @@ def show(recipe: Recipe, nproc: int) -> None:
         table.add_row(f"memory a rank, {label}", _size(cost[key]))
     table.add_row("all-to-all a rank and step, sent", _size(cost["all_to_all_bytes_per_step"]))
     console.print(table)
+    if plan["curriculum"]:
+        curriculum = Table(*plan["curriculum"][0], title="curriculum")
+        for row in plan["curriculum"]:
+            curriculum.add_row(*(f"{value:g}" for value in row.values()))
+        console.print(curriculum)
     if plan["experts_of_rank"]:
         experts = Table("rank", "experts (global ids, in each MoE layer)")
         for rank, (first, last) in plan["experts_of_rank"].items():

@@ -6,7 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from smoe_train.cli.app import app
-from smoe_train.errors import RecipeError
+from smoe_train.errors import CheckFailedError, RecipeError
+from smoe_train.routing.top_k import TopKRouter
 
 RECIPE = """
 version: 1
@@ -82,6 +83,8 @@ def test_a_plan_for_four_processes(recipe):
         "tokens_per_step": 128,
         "accumulation_steps": 1,
         "top_k_in_training": [1, 2, 3],
+        # From 1 to 3 in 1000 steps, read at step 0, the quarters of 999, and 999.
+        "curriculum": [{"step": s, "top_k": k} for s, k in ((0, 1), (249, 1), (499, 2), (749, 2), (999, 3))],
         "bytes_per_rank": bytes_of_rank,
     }
 
@@ -118,6 +121,23 @@ def test_the_table_shows_the_same(recipe):
     assert f"{EXPERTS + SHARED:,}" in text
     assert "0 to 1" in text
     assert "2 to 3" in text
+    assert [line.split()[1::2] for line in text.splitlines() if line.startswith("│ 499")] == [["499", "2"]]
+
+
+def test_every_scheduled_knob_is_planned(recipe):
+    found = plan(
+        recipe,
+        "curriculum.top_k=null",
+        "curriculum.loss_weights.z_loss={first: 0.0, last: 1.0}",
+        "curriculum.sequence_length={low: 4, steps: 2}",
+        "training.max_steps=3",
+    )
+    # Doubled twice over two steps; from 0 to 1 over three.
+    assert found["curriculum"] == [
+        {"step": step, "sequence_length": length, "loss_weights.z_loss": pytest.approx(step / 3)}
+        for step, length in ((0, 4), (1, 8), (2, 16))
+    ]
+    assert plan(recipe, "curriculum.top_k=null")["curriculum"] == []
 
 
 def test_mistakes_are_those_of_the_recipe(recipe):
@@ -129,3 +149,31 @@ def test_mistakes_are_those_of_the_recipe(recipe):
 @pytest.mark.parametrize("nproc", ["0", "-1", "x"])
 def test_a_number_of_processes_is_a_positive_number(recipe, nproc):
     assert call(recipe, "--nproc", nproc).exit_code == 2
+
+
+@pytest.fixture
+def readable(recipe, text, monkeypatch, tmp_path):
+    monkeypatch.setenv("SMOE_TRAIN_CACHE", str(tmp_path / "cache"))
+    with recipe.open("a") as file:
+        file.write(f"data: {{source: text, path: {text}}}\n")
+    return recipe
+
+
+def test_the_self_test_runs_the_first_step(readable):
+    """bf16 and expert parallelism are the run's; here one process in fp32 takes one step."""
+    overrides = ("--nproc", "2", "parallel.expert_parallel_size=2", "parallel.precision=bf16")
+    tested = plan(readable, "--self-test", *overrides)["self_test"]
+    assert tested["losses"] == ["task", "load_balance_loss", "z_loss"]
+    assert tested["moe_layers"] == [0, 2]
+    assert "self-test passed: task, load_balance_loss, z_loss reach" in call(readable, "--self-test").stdout
+    assert "self_test" not in plan(readable)
+
+
+def test_the_self_test_names_what_is_wrong(readable, monkeypatch):
+    losses = TopKRouter.losses
+    monkeypatch.setattr(
+        TopKRouter, "losses", lambda *given: {name: loss.detach() for name, loss in losses(*given).items()}
+    )
+    with pytest.raises(CheckFailedError, match="layer 2: z_loss has no gradient at all, but should train") as caught:
+        call(readable, "--self-test")
+    assert caught.value.exit_code == 3
