@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,17 @@ from smoe_train.checkpoint import Checkpoint, CheckpointStore, load_weights, see
 from smoe_train.checkpoint.store import CHECKPOINTS
 from smoe_train.data import SplitName, TokenStore, build_tokenizer, prepare
 from smoe_train.data.loader import EvaluationBatches, TrainBatches
-from smoe_train.errors import CheckpointError
+from smoe_train.errors import CheckpointError, DataError
 from smoe_train.model import LocalExpertBank, RankReduction, SmoeConfig, SmoeForCausalLM
 from smoe_train.model.expert_bank import BankFactory
 from smoe_train.parallel.topology import Topology
 from smoe_train.recipe import Recipe
 from smoe_train.reporting import Journal
+from smoe_train.training.complexity import ComplexityRecorder, SampleOrder
 from smoe_train.training.engine import Engine, LocalEngine
 from smoe_train.training.objectives import language_modelling
 from smoe_train.training.optimizer import make_optimizer, parameter_groups
+from smoe_train.training.self_test import check_optimizer_groups, require
 from smoe_train.training.stop import StopRequest
 from smoe_train.training.trainer import Trainer
 
@@ -57,6 +60,7 @@ def build_engine(recipe: Recipe, model: SmoeForCausalLM, process: Process) -> En
     training = recipe.training
     accumulation_steps = training.global_batch_size // (training.micro_batch_size * process.world_size)
     groups = parameter_groups(model, recipe.optimizer)
+    require(check_optimizer_groups(model, groups), process.any)
     optimizer = partial(make_optimizer, config=recipe.optimizer)
     if recipe.parallel.engine == "local":
         model.to(process.device)
@@ -81,7 +85,8 @@ def build_batches(
     """Returns the training and validation batches of a rank.
 
     Raises:
-        DataError: A split is missing or too short for the recipe's batches.
+        DataError: A split is missing or too short for the recipe's batches, or so long that a curriculum over epochs
+            has no effect.
     """
     training = recipe.training
     train = TrainBatches(
@@ -94,6 +99,12 @@ def build_batches(
         world_size,
         recipe.loader.num_workers,
     )
+    if recipe.curriculum.order is not None and train.first_step_of(1) >= training.max_steps:
+        raise DataError(
+            f"curriculum.order: has no effect: training.max_steps {training.max_steps} ends in the first epoch, and "
+            f"only later ones are ordered; the {train.num_blocks:,} samples of the training split last "
+            f"{train.first_step_of(1):,} steps. Train longer, use less data, or leave it out"
+        )
     validation = EvaluationBatches(
         tokens.tokens("valid"),
         training.sequence_length,
@@ -103,6 +114,16 @@ def build_batches(
         recipe.evaluation.max_tokens,
     )
     return train, validation
+
+
+def build_sample_order(
+    recipe: Recipe, batches: TrainBatches, layers: Sequence[int], process: Process
+) -> SampleOrder | None:
+    """Returns what orders the samples of later epochs by difficulty, if the recipe asks for it."""
+    if recipe.curriculum.order is None:
+        return None
+    recorder = ComplexityRecorder(batches.num_blocks, layers, process.device, process.sum)
+    return SampleOrder(recipe.curriculum.order, batches, recorder, process.is_first, process.broadcast_object)
 
 
 def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: StopRequest | None = None) -> Trainer:
@@ -136,6 +157,7 @@ def build_trainer(recipe: Recipe, process: Process, run_folder: Path, stop: Stop
         journal=None,
         identity=identity(recipe, tokens),
         score_key=[*(recipe.evaluation.top_k or (recipe.model.moe.top_k,)), validation.predicted_tokens, valid_sum],
+        sample_order=build_sample_order(recipe, batches, sorted(model.routers()), process),
         stop=stop or StopRequest(),
     )
 

@@ -8,6 +8,7 @@ replaced, not merged, when a later layer changes the tag: options of one router 
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,7 +134,8 @@ def apply_overrides(layered: Layered, overrides: Sequence[str]) -> Layered:
             problems.append(Problem(COMMAND_LINE, key, f"cannot read the value: {_first_line(error)}"))
     if problems:
         raise RecipeError(problems)
-    parsed.sort(key=lambda item: item[0].rpartition(".")[2] not in TAGS)
+    # Outer tags before inner ones: a change of tag replaces the block with all that lies in it.
+    parsed.sort(key=lambda item: item[0].count(".") if item[0].rpartition(".")[2] in TAGS else math.inf)
     values, origins = layered.values, dict(layered.origins)
     for key, tree in parsed:
         values = merge(values, tree)

@@ -101,7 +101,10 @@ class Recipe(StrictModel):
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json", include={"sequence_length", "global_batch_size"}),
         }
-        return {key: value for key, value in flat(sections).items() if not _changeable(key)}
+        found = {key: value for key, value in flat(sections).items() if not _changeable(key)}
+        if self.curriculum.order is not None:  # switched on or off in the middle of an epoch, samples would come twice
+            found["curriculum.order (whether there is one)"] = True
+        return found
 
     def with_defaults(self) -> Recipe:
         """Returns a recipe of the same kinds of router and tokenizer with every option at its default."""
@@ -183,18 +186,33 @@ def _curriculum_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]
     router, layers = model.moe.router, ("model.moe.layers",)
     named = ("model.moe.router", *layers)
     if not model.moe_layers():
-        idle = [key for key in ("top_k", "threshold", "competition", "loss_weights") if getattr(curriculum, key)]
+        knobs = ("top_k", "threshold", "competition", "loss_weights", "order")
+        idle = [key for key in knobs if getattr(curriculum, key)]
         found += [(f"curriculum.{key}", "has no effect: the model has no MoE layer", layers) for key in idle]
     else:
         if curriculum.threshold is not None and not router.has_threshold():
             found.append(("curriculum.threshold", f"has no effect: router {router.type} has no threshold", named))
         if curriculum.competition is not None and not router.competes():
             found.append(("curriculum.competition", f"has no effect: router {router.type} has no contest", named))
+        if router.competes():
+            competition = curriculum.competition or CompetitionConfig()
+            for key, message in competition.problems(len(model.moe_layers()), training.max_steps):
+                involved = (*named, "model.num_layers", "curriculum.competition", "training.max_steps")
+                found.append((f"curriculum.competition.{key}", message, involved))
+        if curriculum.order is not None and not router.varies_experts():
+            message = f"has no effect: router {router.type} gives every token the same number of experts"
+            found.append(("curriculum.order", message, named))
         losses = sorted(ROUTERS.get(router.type).router.losses_of(router))
+        moe = model.moe
+        shared = {"load_balance_loss": moe.load_balance_coefficient, "z_loss": moe.z_loss_coefficient}
+        coefficients = {**shared, **router.loss_coefficients()}
         for name in curriculum.loss_weights:
             if name not in losses:
                 message = f"router {router.type} has no such loss{suggest(name, losses)}"
                 found.append((f"curriculum.loss_weights.{name}", message, named))
+            elif coefficients.get(name) == 0.0:
+                message = "has no effect: it multiplies the coefficient of the loss, which is 0"
+                found.append((f"curriculum.loss_weights.{name}", message, ("model.moe",)))
     for key, values in {"threshold": curriculum.threshold, **curriculum.loss_weights}.items():
         key = key if key == "threshold" else f"loss_weights.{key}"
         if values is None:
@@ -206,14 +224,25 @@ def _curriculum_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]
             found.append((f"curriculum.{key}.start_step", message, ("training.max_steps",)))
         if key != "threshold" and min(values.first, values.last) < 0.0:
             found.append((f"curriculum.{key}", "a factor on a coefficient cannot be negative", ()))
-    length = curriculum.sequence_length
+    return found + _sample_checks(recipe) + _top_k_checks(recipe)
+
+
+def _sample_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]:
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    training, order, length = recipe.training, recipe.curriculum.order, recipe.curriculum.sequence_length
+    if order is not None and order.window_samples is not None and order.window_samples <= training.global_batch_size:
+        message = (
+            f"{order.window_samples} orders samples within a step only; "
+            f"use more than training.global_batch_size {training.global_batch_size}"
+        )
+        found.append(("curriculum.order.window_samples", message, ("training.global_batch_size",)))
     if length is not None:
         full = training.sequence_length
         doublings = full // length.low
         if length.low >= full or full % length.low or doublings & (doublings - 1):
             message = f"training.sequence_length {full} is not {length.low} times a power of two above 1"
             found.append(("curriculum.sequence_length.low", message, ("training.sequence_length",)))
-    return found + _top_k_checks(recipe)
+    return found
 
 
 def _top_k_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]:

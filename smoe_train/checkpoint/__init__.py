@@ -6,14 +6,14 @@ from smoe_train.checkpoint.config import CheckpointConfig
 from smoe_train.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from smoe_train.checkpoint.model_state import StateAccess, collect, load_weights, restore
+    from smoe_train.checkpoint.model_state import StateAccess, collect, load_weights, read_extra, restore
     from smoe_train.checkpoint.rank_state import seed_everything
     from smoe_train.checkpoint.store import Checkpoint, CheckpointStore
 
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "model_state": ("StateAccess", "collect", "load_weights", "restore"),
+        "model_state": ("StateAccess", "collect", "load_weights", "read_extra", "restore"),
         "rank_state": ("seed_everything",),
         "store": ("Checkpoint", "CheckpointStore"),
     },
@@ -26,6 +26,7 @@ __all__ = [
     "StateAccess",
     "collect",
     "load_weights",
+    "read_extra",
     "restore",
     "seed_everything",
 ]

@@ -47,12 +47,17 @@ class StateAccess(Protocol):
 
 
 def collect(
-    engine: StateAccess, rank: int, expert_parallel_size: int, device: torch.device
+    engine: StateAccess,
+    rank: int,
+    expert_parallel_size: int,
+    device: torch.device,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Returns the files that this rank writes, by name, with their tensors.
 
     Rank 0 writes what all ranks share, the first expert-parallel group the experts, every rank its generators. All
-    ranks must call it: under ZeRO, reading a parameter is a collective.
+    ranks must call it: under ZeRO, reading a parameter is a collective. ``extra`` is what else is to be saved, the same
+    on every rank; `read_extra` returns it.
     """
     shared: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
@@ -69,6 +74,7 @@ def collect(
     files: dict[str, dict[str, Tensor]] = {}
     if rank == 0:
         shared |= {f"buffer/{name}": buffer.cpu() for name, buffer in _saved_buffers(engine.model)}
+        shared |= {f"extra/{name}": value.cpu() for name, value in (extra or {}).items()}
         files["shared.safetensors"] = shared
     if experts:
         files[f"experts-{held.start:05d}-{held.stop - 1:05d}.safetensors"] = experts
@@ -98,6 +104,14 @@ def restore(engine: StateAccess, checkpoint: Checkpoint, rank: int, seed: int, d
         restore_random_state(state, device)
     else:
         seed_everything(seed + checkpoint.step, rank)
+
+
+def read_extra(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """Returns those extra tensors of a checkpoint whose names begin with a prefix, by the rest of their names."""
+    prefix = f"extra/{prefix}"
+    return {
+        name.removeprefix(prefix): checkpoint.tensor(name) for name in checkpoint.tensors if name.startswith(prefix)
+    }
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -42,18 +42,13 @@ def generate(
     from smoe_train.assembly import build_for_evaluation
     from smoe_train.data import build_tokenizer
     from smoe_train.parallel.process import Process
-    from smoe_train.routing import ROUTERS
+    from smoe_train.routing import Router
 
     _, recipe, checkpoint = open_run(run, which)
     tokenizer = build_tokenizer(recipe.tokenizer)
     ids = tokenizer.encode_text(prompt)
     longest = recipe.model.max_sequence_length or recipe.training.sequence_length
     experts = top_k if top_k is not None else recipe.model.moe.top_k
-    if not ROUTERS.get(recipe.model.moe.router.type).router.causal and recipe.model.moe_layers():
-        raise LaunchError(
-            f"{run}: its router {recipe.model.moe.router.type} looks at later tokens, which do not exist yet when text "
-            "is generated; evaluate it, or train with a causal router"
-        )
     if not ids:
         raise LaunchError("--prompt: is empty; give at least one character")
     if not 1 <= experts <= recipe.model.moe.num_experts:
@@ -66,11 +61,19 @@ def generate(
         print(f"note: the text grows beyond the {longest} tokens that the model was trained on", file=sys.stderr)
     process = Process.alone()
     model = build_for_evaluation(recipe, process, checkpoint)
+    # Among all modules, since a policy over a base holds that base's router.
+    if not all(module.causal for module in model.modules() if isinstance(module, Router)):
+        raise LaunchError(
+            f"{run}: its router {recipe.model.moe.router.type} looks at later tokens, which do not exist yet when text "
+            "is generated; evaluate it, or train with a causal router"
+        )
     sampling = {"do_sample": False} if temperature == 0.0 else {"do_sample": True, "temperature": temperature}
     torch.manual_seed(seed)
     model.config.max_sequence_length = max(longest, len(ids) + max_new_tokens)  # said above; transformers says it worse
+    prompt_ids = torch.tensor([ids], device=process.device)
     output = model.generate(
-        torch.tensor([ids], device=process.device),
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),  # transformers would take every token 0 of the prompt for padding
         max_new_tokens=max_new_tokens,
         knobs=recipe.schedule().evaluation_knobs(checkpoint.step, experts),
         pad_token_id=0,

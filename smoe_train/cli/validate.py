@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from smoe_train.parallel.footprint import Footprint, footprint
+from smoe_train.parallel.footprint import Footprint, contest_bytes, footprint
 from smoe_train.parallel.topology import Topology, valid_expert_parallel_sizes
 from smoe_train.recipe import Recipe, load_recipe
 
@@ -73,7 +73,7 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
     """Returns layout, parameter counts, and memory and traffic of one rank."""
     from smoe_train.data import build_tokenizer
     from smoe_train.model import SmoeConfig
-    from smoe_train.model.accounting import census
+    from smoe_train.model.accounting import census, forward_flops
 
     training, moe, parallel = recipe.training, recipe.model.moe, recipe.parallel
     vocab_size = build_tokenizer(recipe.tokenizer).vocab_size
@@ -81,18 +81,27 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
     counts = census(config)
     layers = recipe.model.moe_layers()
     topology = Topology.create(nproc, parallel.expert_parallel_size, moe.num_experts)
-    most = max(recipe.schedule().top_k_values())
+    k_values = recipe.schedule().top_k_values()
+    most = max(k_values)
+    visited = sorted(k_values | ({1} if moe.router.varies_experts() else set())) if layers else [0]
+    tokens = training.global_batch_size * training.sequence_length // nproc
     cost: Footprint = footprint(
         parallel,
         nproc,
         counts.experts,
         counts.trainable - counts.experts,
         counts.frozen,
-        training.global_batch_size * training.sequence_length // nproc,
+        tokens,
         recipe.model.d_model,
         len(layers),
         most,
     )
+    contest = {}
+    if layers and moe.router.competes():
+        element = 2 if parallel.precision == "bf16" else 4
+        size = parallel.expert_parallel_size
+        sent = contest_bytes(tokens, recipe.model.d_model, moe.num_experts, most, size, element)
+        contest = {"contest_bytes_per_layer_and_step": sent}
     return {
         "name": recipe.name,
         "processes": nproc,
@@ -102,9 +111,10 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
         "parameters": counts.to_json(),
         "tokens_per_step": training.global_batch_size * training.sequence_length,
         "accumulation_steps": training.global_batch_size // (training.micro_batch_size * nproc),
-        "top_k_in_training": sorted(recipe.schedule().top_k_values()),
+        "top_k_in_training": sorted(k_values),
+        "forward_flops_per_token": {k: forward_flops(config, k, training.sequence_length) for k in visited},
         "curriculum": recipe.schedule().outline(),
-        "bytes_per_rank": cost.to_json(),
+        "bytes_per_rank": {**cost.to_json(), **contest},
     }
 
 
@@ -121,6 +131,9 @@ def show(recipe: Recipe, nproc: int) -> None:
     table.add_row("MoE layers", f"{_ints(plan['moe_layers']) or 'none'} of {recipe.model.num_layers} layers")
     for key in ("total", "active", "trainable", "frozen", "experts", "routers"):
         table.add_row(f"parameters, {key}", f"{parameters[key]:,}")
+    for k, flops in plan["forward_flops_per_token"].items():
+        experts = f", {k} expert{'s' * (k > 1)}" if k else ""
+        table.add_row(f"forward FLOPs a token{experts}", f"{flops:,.0f}")
     table.add_row("processes", f"{plan['processes']}, expert-parallel size {recipe.parallel.expert_parallel_size}")
     table.add_row("valid expert-parallel sizes", _ints(plan["valid_expert_parallel_sizes"]))
     tokens = f"{plan['tokens_per_step']:,} in {plan['accumulation_steps']} micro-batch(es) a rank"
@@ -134,6 +147,9 @@ def show(recipe: Recipe, nproc: int) -> None:
     ):
         table.add_row(f"memory a rank, {label}", _size(cost[key]))
     table.add_row("all-to-all a rank and step, sent", _size(cost["all_to_all_bytes_per_step"]))
+    if "contest_bytes_per_layer_and_step" in cost:
+        sent = _size(cost["contest_bytes_per_layer_and_step"])
+        table.add_row("a contest of one layer, a rank and step, sent", sent)
     console.print(table)
     if plan["curriculum"]:
         curriculum = Table(*plan["curriculum"][0], title="curriculum")

@@ -6,7 +6,7 @@ Shape suffixes: B samples of a micro-batch, S tokens of a sample.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -105,6 +105,8 @@ class TrainBatches(Dataset[list[MicroBatch]]):
     of rank r holds j = m*(world*micro) + b*world + r: the samples of a step do not depend on the world size, and those
     next to each other in the order go to different ranks.
 
+    The order of an epoch is `block_order`, unless `orders` holds another one for it (see `steps`).
+
     Args:
         tokens: The split, 1-D, best a memory map.
         sequence_length: S.
@@ -114,6 +116,9 @@ class TrainBatches(Dataset[list[MicroBatch]]):
         rank: This rank's place among those that read different data.
         world_size: Number of those ranks.
         num_workers: Processes that prepare batches ahead; has no influence on their contents.
+
+    Attributes:
+        orders: By epoch, orders of the blocks that take the place of the shuffled one.
 
     Raises:
         DataError: The split has too few tokens for one global batch of different blocks.
@@ -143,6 +148,7 @@ class TrainBatches(Dataset[list[MicroBatch]]):
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
+        self.orders: dict[int, Indices] = {}
         self.num_blocks = (len(tokens) - 1) // sequence_length
         if self.num_blocks < global_batch_size:
             raise DataError(
@@ -162,8 +168,51 @@ class TrainBatches(Dataset[list[MicroBatch]]):
         own_B = self.rank + self.world_size * np.arange(self.micro_batch_size, dtype=np.int64)
         return [self._micro_batch(step, m * stride + own_B) for m in range(self.accumulation_steps)]
 
-    def steps(self, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
-        """Yields the micro-batches of each step in [first_step, last_step), prepared ahead by the workers."""
+    def epochs_of(self, step: int) -> range:
+        """Returns the epochs that the samples of a step belong to: one, or two where one ends within the step."""
+        first = step * self.global_batch_size
+        return range(first // self.num_blocks, (first + self.global_batch_size - 1) // self.num_blocks + 1)
+
+    def first_step_of(self, epoch: int) -> int:
+        """Returns the first step with a sample of an epoch."""
+        return epoch * self.num_blocks // self.global_batch_size
+
+    def order_of(self, epoch: int) -> Indices:
+        """Returns the order of the blocks in an epoch."""
+        given = self.orders.get(epoch)
+        return block_order(self.num_blocks, self.seed, epoch) if given is None else given
+
+    def steps(
+        self, first_step: int, last_step: int, next_order: Callable[[int], Indices] | None = None
+    ) -> Iterator[list[MicroBatch]]:
+        """Yields the micro-batches of each step in [first_step, last_step), prepared ahead by the workers.
+
+        Args:
+            first_step: Where to begin.
+            last_step: Where to end.
+            next_order: Makes the order of an epoch after the first, which is shuffled. It is called when the step
+                before the epoch's first step is done, so workers prepare nothing ahead across that point. An epoch
+                whose order is in `orders` already, as after a resume in its middle, is not asked for.
+        """
+        if next_order is None:
+            return self._prepared(first_step, last_step)
+        return self._ordered_steps(first_step, last_step, next_order)
+
+    def _ordered_steps(
+        self, first_step: int, last_step: int, next_order: Callable[[int], Indices]
+    ) -> Iterator[list[MicroBatch]]:
+        step = first_step
+        while step < last_step:
+            epochs = self.epochs_of(step)
+            self.orders = {epoch: order for epoch, order in self.orders.items() if epoch in epochs}
+            for epoch in epochs:
+                if epoch > 0 and epoch not in self.orders:
+                    self.orders[epoch] = next_order(epoch)
+            end = min(self.first_step_of(epochs[-1] + 1), last_step)
+            yield from self._prepared(step, end)
+            step = end
+
+    def _prepared(self, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
         loader = DataLoader(
             self,
             batch_size=None,
@@ -181,7 +230,7 @@ class TrainBatches(Dataset[list[MicroBatch]]):
         block_B = np.empty_like(sample_B)
         for epoch in np.unique(epoch_B):
             here = epoch_B == epoch
-            block_B[here] = block_order(self.num_blocks, self.seed, int(epoch))[place_B[here]]
+            block_B[here] = self.order_of(int(epoch))[place_B[here]]
         positions = block_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         ids = torch.from_numpy(self.tokens[positions].astype(np.int64))
         return MicroBatch(
@@ -276,4 +325,4 @@ def _unchanged(batch: list[MicroBatch]) -> list[MicroBatch]:
     return batch
 
 
-__all__ = ["IGNORED_LABEL", "EvaluationBatches", "LoaderConfig", "MicroBatch", "TrainBatches", "block_order"]
+__all__ = ["IGNORED_LABEL", "EvaluationBatches", "Indices", "LoaderConfig", "MicroBatch", "TrainBatches", "block_order"]

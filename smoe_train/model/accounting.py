@@ -53,3 +53,24 @@ def census(config: SmoeConfig) -> ParameterCensus:
     routers = sum(p.numel() for router in model.routers().values() for p in router.parameters())
     idle = experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
     return ParameterCensus(total, total - idle, total - frozen, frozen, experts, routers)
+
+
+def forward_flops(config: SmoeConfig, experts_per_token: float, sequence_length: int) -> float:
+    """Returns the FLOPs of a forward pass for one token: two for each multiplication in a matrix product.
+
+    It is linear in the experts: with a share f of tokens that visit two experts and the rest one,
+    ``F(1 + f) = F(1) + f * (F(2) - F(1))``. A training step takes about three times as many.
+
+    Args:
+        config: The architecture.
+        experts_per_token: Mean over tokens and MoE layers, ``experts_per_token`` of routing.jsonl.
+        sequence_length: Attention is counted over all of it, as if no position were masked.
+    """
+    width, moe_layers = config.d_model, len(config.moe_layers)
+    matrices = 3 if config.feed_forward == "swiglu" else 2
+    attention = 4 * width * width + 2 * sequence_length * width
+    dense = matrices * width * config.d_ff
+    # A router is counted as one linear layer; what a hypernetwork generates is generated once a pass.
+    moe = width * config.num_experts + experts_per_token * matrices * width * config.d_ff_expert
+    head = width * config.vocab_size
+    return 2.0 * (config.num_layers * attention + (config.num_layers - moe_layers) * dense + moe_layers * moe + head)

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from smoe_train.model.feed_forward import StackedExperts
+from smoe_train.parallel.contest import Choose, Contested, Respond, contest_here
 from smoe_train.parallel.dispatch_plan import DispatchPlan, plan_dispatch, row_multiple, run_planned
 
 MakeExperts = Callable[[range], StackedExperts]
-Respond = Callable[[Tensor], Tensor]
-Choose = Callable[[Tensor, slice], Tensor]
 
 
 class ExpertBank(Protocol):
@@ -33,7 +32,7 @@ class ExpertBank(Protocol):
 
     def compete(
         self, x_TD: Tensor, respond: Respond, choose: Choose, chunk_tokens: int | None, recompute: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Contested:
         """Runs every expert once on every token.
 
         Args:
@@ -77,6 +76,12 @@ class LocalExpertBank(nn.Module):
     def run(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots."""
         return run_planned(self.experts, x_TD, plan)
+
+    def compete(
+        self, x_TD: Tensor, respond: Respond, choose: Choose, chunk_tokens: int | None, recompute: bool
+    ) -> Contested:
+        """Runs every expert once on every token."""
+        return contest_here(self.experts, self.num_experts, x_TD, respond, choose, chunk_tokens, recompute)
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """Plans and runs."""

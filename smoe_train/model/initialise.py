@@ -50,11 +50,12 @@ def set_values(parameter: Tensor, values: Tensor) -> None:
 def initialise_module(module: nn.Module, draw: Draw, linear_std: float) -> None:
     """Initialises one module without its children: its own way if it has one, else by its type."""
     if isinstance(module, Initialisable):
-        loaded = [(p, p.detach().clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        tensors = [*module.parameters(), *module.buffers()]
+        loaded = [(one, one.detach().clone()) for one in tensors if getattr(one, "_is_hf_initialized", False)]
         module.initialise(draw)
         with torch.no_grad():
-            for parameter, values in loaded:  # a checkpoint may hold only some of a module's parameters
-                parameter.copy_(values)
+            for tensor, values in loaded:  # a checkpoint may hold only some of a module's parameters and buffers
+                tensor.copy_(values)
         return
     if isinstance(module, (nn.Linear, nn.Embedding)):
         set_values(module.weight, draw.normal("weight", tuple(module.weight.shape), linear_std))

@@ -21,7 +21,7 @@ from smoe_train.model.attention import causal_mask, rotary_angles
 from smoe_train.model.block import Block, make_norm
 from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
 from smoe_train.model.feed_forward import StackedExperts
-from smoe_train.model.initialise import KeyedDraw, initial_names, initialise_module
+from smoe_train.model.initialise import Initialisable, KeyedDraw, initial_names, initialise_module
 from smoe_train.model.moe import MoeLayer
 from smoe_train.model.smoe_config import SmoeConfig
 from smoe_train.routing import ROUTERS, Context, Router, RouterShape, StepTotals
@@ -77,6 +77,13 @@ class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     supports_gradient_checkpointing = False
     _initial_names: dict[int, str] | None = None
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers takes a module whose own parameters are all loaded for loaded, and so one that has none, as a
+        # router over a base. What initialises itself does so with all its parts: all of them count.
+        if isinstance(module, Initialisable):
+            is_custom_code = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
+        super()._initialize_weights(module, is_custom_code)
+
     def _init_weights(self, module: nn.Module) -> None:
         if self._initial_names is None:
             self._initial_names = initial_names(self)
@@ -110,10 +117,18 @@ class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             if isinstance(module, (Block, MoeLayer)):
                 module.recompute = enabled
 
+    def moe_layers(self) -> dict[int, MoeLayer]:
+        """Returns the MoE layers by layer index."""
+        layers = self.get_submodule("model").layers if hasattr(self, "model") else self.layers
+        return {index: block.moe for index, block in enumerate(layers) if block.moe is not None}
+
     def routers(self) -> dict[int, Router]:
         """Returns the router of each MoE layer by layer index."""
-        layers = self.get_submodule("model").layers if hasattr(self, "model") else self.layers
-        return {index: block.moe.router for index, block in enumerate(layers) if block.moe is not None}
+        return {index: moe.router for index, moe in self.moe_layers().items()}
+
+    def looks_back(self) -> bool:
+        """Returns whether a router needs earlier tokens, so that a cache of keys and values is not enough to go on."""
+        return any(router.looks_back_tokens for router in self.routers().values())
 
 
 def output_std(config: SmoeConfig) -> float:
@@ -192,6 +207,11 @@ class SmoeModel(SmoePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past and self.looks_back():
+            raise ValueError(
+                f"router {self.config.router_options().type} looks at earlier tokens, which a cache does not hold; "
+                "pass the whole text, or generate with use_cache=False"
+            )
         length = input_ids.shape[1]
         if position_ids is None:
             position_ids = _positions(input_ids, attention_mask, past)
@@ -291,6 +311,9 @@ class SmoeForCausalLM(SmoePreTrainedModel, GenerationMixin):  # type: ignore[mis
         super().__init__(config)
         self.model = SmoeModel(config, make_bank)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if self.looks_back():
+            self.config.use_cache = False
+            self.generation_config.use_cache = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -17,13 +17,15 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from smoe_train.parallel.all_to_all import all_to_all, exchange
+from smoe_train.parallel.contest import Choose, Contested, Respond, contest_here
+from smoe_train.parallel.contest_exchange import Place, contest_across
 from smoe_train.parallel.dispatch_plan import (
     DispatchPlan,
     plan_dispatch,
+    returned_to_slot_order,
     row_multiple,
     run_planned,
     to_expert_order,
-    to_slot_order,
 )
 from smoe_train.parallel.topology import Topology
 
@@ -72,6 +74,7 @@ class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
         self._group: Any = None
+        self._index = rank % self.ep_size  # among the ranks of the group, which are consecutive
 
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engine: makes the expert-parallel groups once and remembers this layer's."""
@@ -103,10 +106,16 @@ class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
         rows = all_to_all(rows, plan.send_rows, plan.receive_rows, self._group)
         outputs = run_planned(self.experts, rows, plan.here).squeeze(1)
         returned = all_to_all(outputs, plan.receive_rows, plan.send_rows, self._group)
-        if returned.shape[0] < plan.home.num_rows:  # empty slots were not sent
-            missing = returned.new_zeros(plan.home.num_rows - returned.shape[0], returned.shape[1])
-            returned = torch.cat([returned, missing])
-        return to_slot_order(returned, plan.home)
+        return returned_to_slot_order(returned, plan.home)
+
+    def compete(
+        self, x_TD: Tensor, respond: Respond, choose: Choose, chunk_tokens: int | None, recompute: bool
+    ) -> Contested:
+        """Runs every expert once on every token, see `smoe_train.parallel.contest_exchange`."""
+        if self.ep_size == 1:
+            return contest_here(self.experts, self.num_experts, x_TD, respond, choose, chunk_tokens, recompute)
+        place = Place(self._group, self.ep_size, self._index, self.num_local_experts)
+        return contest_across(self.experts, place, x_TD, respond, choose, chunk_tokens, recompute)
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """Plans and runs."""

@@ -150,6 +150,19 @@ def to_slot_order(y_RD: Tensor, plan: DispatchPlan) -> Tensor:
     return y_TKD
 
 
+def returned_to_slot_order(returned: Tensor, plan: DispatchPlan) -> Tensor:
+    """Brings rows back to their tokens that other ranks computed: [T, K, D], zero in empty slots, which were not sent.
+
+    Args:
+        returned: The rows of the slots in use, in the plan's order.
+        plan: The order in which they were sent.
+    """
+    if returned.shape[0] < plan.num_rows:
+        missing = returned.new_zeros(plan.num_rows - returned.shape[0], returned.shape[1])
+        returned = torch.cat([returned, missing])
+    return to_slot_order(returned, plan)
+
+
 def run_planned(experts: Experts, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Runs stacked experts on tokens as planned and returns their uncombined outputs [T, K, D].
 

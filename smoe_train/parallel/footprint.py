@@ -82,3 +82,27 @@ def footprint(
             4 * tokens_per_rank_and_step * top_k * d_model * element * moe_layers * (size - 1) // size
         ),
     )
+
+
+RESPONSE_BYTES, WINNER_BYTES = 4, 4  # fp32 and int32, whatever the precision
+
+
+def contest_bytes(num_tokens: int, d_model: int, num_experts: int, top_k: int, size: int, element: int) -> int:
+    """Returns what one rank sends for the contest of one layer, forward and backward, if winners are balanced.
+
+    To each of the P - 1 other ranks, a token: its values, the responses of this rank's N / P experts to the other's
+    token, and its K winners; and of K winners' outputs the share (P - 1) / P. All but the winners again as gradients.
+    See `smoe_train.parallel.contest_exchange`. A recomputation adds at most the forward part again.
+
+    Args:
+        num_tokens: Tokens of one rank.
+        d_model: D.
+        num_experts: N.
+        top_k: K.
+        size: P, the expert-parallel size.
+        element: Bytes of an activation.
+    """
+    others = size - 1
+    rows = d_model * element
+    both_ways = others * (rows + num_experts // size * RESPONSE_BYTES) * size + top_k * rows * others
+    return num_tokens * (2 * both_ways // size + others * top_k * WINNER_BYTES)

@@ -53,6 +53,10 @@ class RouterConfig(StrictModel):
         """Returns whether the policy has a threshold that the curriculum can schedule."""
         return False
 
+    def varies_experts(self) -> bool:
+        """Returns whether tokens of one pass may visit different numbers of experts."""
+        return False
+
 
 class Draw(Protocol):
     """Initial values from a generator keyed by (run seed, parameter name): independent of order, rank and EP size."""

@@ -47,7 +47,8 @@ def routing_stats(assignment: Assignment, context: Context) -> dict[str, Tensor]
     """Returns detached sums that describe the routing; all add up over micro-batches and ranks.
 
     Keys: ``slots_E`` (slots an expert received), ``probability_E`` (sum of full-softmax probabilities), ``tokens``
-    (real tokens), ``entropy`` (sum of the tokens' router entropies, nats) and ``margin`` (sum of p_first - p_second).
+    (real tokens), ``two_expert_tokens`` (those with two experts or more), ``entropy`` (sum of the tokens' router
+    entropies, nats) and ``margin`` (sum of p_first - p_second).
     """
     with torch.no_grad():
         logits_TE = assignment.logits_TE
@@ -66,6 +67,7 @@ def routing_stats(assignment: Assignment, context: Context) -> dict[str, Tensor]
             "slots_E": slots_per_expert(assignment.expert_ids_TK, num_experts),
             "probability_E": p_TE.sum(dim=0).float(),
             "tokens": tokens.float(),
+            "two_expert_tokens": ((assignment.expert_ids_TK != EMPTY_SLOT).sum(dim=1) >= 2).sum().float(),
             "entropy": entropy_T.sum().float(),
             "margin": margin_T.sum().float(),
         }

@@ -110,16 +110,17 @@ class Router(nn.Module, ABC):
         experts_of_token_T = (assignment.expert_ids_TK != EMPTY_SLOT).sum(dim=1)
         return Merged(out_TD, experts_of_token_T, self.losses(assignment, context), routing_stats(assignment, context))
 
-    def trained_by(self) -> dict[str, frozenset[str]]:
+    def trained_by(self, context: Context) -> dict[str, frozenset[str]]:
         """Returns, for the task (``task``) and each auxiliary loss, the own parameters that get gradient from it.
 
-        By default every trainable parameter gets gradient from everything. The experts of the same layer get gradient
+        ``context`` says what kind of pass it is: competing or not, early or late. By default every trainable parameter
+        gets gradient from everything. The experts of the same layer get gradient
         from the task and from what `losses_reaching_experts` names. The self-test holds a run to this.
         """
         trainable = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
         return dict.fromkeys(["task", *self.losses_of(self.config)], trainable)
 
-    def losses_reaching_experts(self) -> frozenset[str]:
+    def losses_reaching_experts(self, context: Context) -> frozenset[str]:
         """Returns the auxiliary losses whose gradient reaches the experts of the same layer."""
         return frozenset()
 
@@ -130,6 +131,10 @@ class Router(nn.Module, ABC):
     def frozen(self, step: int) -> bool:
         """Returns whether `late_frozen` is frozen in an optimizer step: not a bit of it changes then."""
         return False
+
+    def adapts(self) -> bool:
+        """Returns whether `after_step` does anything; the sums over ranks that it is given cost a reduction a step."""
+        return type(self).after_step is not Router.after_step
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Called once after each optimizer step with the step's summed stats; the only place to change a buffer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -24,8 +23,14 @@ from smoe_train.routing.selection import (
 
 
 class SoftmaxTopKConfig(RouterConfig):
-    """Options of every router that scores with one matrix and selects the top k."""
+    """Options of every router that scores with one matrix and selects the top k.
 
+    Attributes:
+        beside_scores: Options without effect on the scores; a policy over such a router, which takes nothing else from
+            it, refuses them.
+    """
+
+    beside_scores: ClassVar[frozenset[str]] = frozenset({"softmax"})
     softmax: SoftmaxPlace = "after_top_k"
     """Softmax over the selected scores, or over all experts before selection (kept as is, or renormalised)."""
     jitter: float = Field(0.0, ge=0.0, lt=1.0)
@@ -55,9 +60,9 @@ class SoftmaxTopKRouter(Router):
     def __init__(self, config: SoftmaxTopKConfig, shape: RouterShape) -> None:
         super().__init__(config, shape)
 
-    @abstractmethod
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Returns the router's weight [E, D] and bias [E], or None for no bias."""
+        raise NotImplementedError(f"{type(self).__name__} has neither a weight matrix nor scores of its own")
 
     def scores(self, x_TD: Tensor, context: Context) -> Tensor:
         """Returns the logits [T, E] of the softmax, fp32 (fp64 for fp64 input); the caller switches autocast off."""

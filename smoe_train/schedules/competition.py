@@ -27,6 +27,25 @@ class CompetitionConfig(StrictModel):
     """Most layers that compete in one step, which bounds its memory and time; what exceeds it moves to the nearest
     step with room. null for no limit."""
 
+    def problems(self, num_layers: int, max_steps: int) -> list[tuple[str, str]]:
+        """Returns (key, message) for settings under which contests that are promised are not held.
+
+        Args:
+            num_layers: MoE layers.
+            max_steps: Optimizer steps of training.
+        """
+        found = []
+        promised = self.flip_rate * num_layers
+        if self.max_layers is not None and promised > self.max_layers:
+            message = (
+                f"{self.max_layers} is less than the {promised:g} contests a step that flip_rate {self.flip_rate:g} "
+                f"promises in {num_layers} layers, so the last layers would hold fewer; raise it, or use null"
+            )
+            found.append(("max_layers", message))
+        if self.warmup_steps >= max_steps:
+            found.append(("warmup_steps", f"{self.warmup_steps} leaves no step of training.max_steps {max_steps}"))
+        return found
+
 
 @dataclass(frozen=True)
 class CompetitionSchedule:

@@ -71,6 +71,22 @@ class SequenceLengthConfig(StrictModel):
     """Steps until the full length is reached."""
 
 
+class SampleOrderConfig(StrictModel):
+    """Samples of similar difficulty together, easy ones first (adaptive gating, arXiv 2310.07188).
+
+    The difficulty of a sample is, layer by layer, the share of its tokens that visited more than one expert when it was
+    last trained on. The first epoch is shuffled as without this section; each later one is re-ordered as it begins.
+    """
+
+    by: Literal["cosine", "mean_ratio", "l2"] = "cosine"
+    """``cosine``: most similar in direction to the easiest sample first, as the paper has it; a hard sample whose
+    layers are equally hard passes for easy. ``mean_ratio`` (recommended): lowest mean share over the layers first.
+    ``l2``: smallest Euclidean distance to the easiest sample first."""
+    window_samples: int | None = Field(None, ge=2)
+    """Order only within consecutive windows of so many samples of the shuffled epoch, each from easy to hard, so that
+    difficulty does not rise over a whole epoch; null for one window, the epoch."""
+
+
 class CurriculumConfig(StrictModel):
     """What changes over training."""
 
@@ -85,6 +101,9 @@ class CurriculumConfig(StrictModel):
     """By name of an auxiliary loss, a factor on its coefficient."""
     sequence_length: SequenceLengthConfig | None = None
     """Shorter training sequences at first; without it, training.sequence_length throughout."""
+    order: SampleOrderConfig | None = None
+    """Re-orders the samples by difficulty before each epoch but the first; only with routers that give tokens different
+    numbers of experts. Without it, every epoch is shuffled."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +161,20 @@ class Curriculum:
     def evaluation_knobs(self, step: int, top_k: int | None = None) -> Knobs:
         """Returns the knobs of a pass without training after ``step`` optimizer steps."""
         return Knobs(step=step, top_k=self.top_k if top_k is None else top_k, threshold=self._threshold(step))
+
+    def outline(self) -> list[dict[str, float]]:
+        """Returns the scheduled knobs by name at the first step, about each quarter of training, and the last step."""
+        rows: list[dict[str, float]] = []
+        for step in sorted({(self.max_steps - 1) * quarter // 4 for quarter in range(5)}):
+            knobs = self.knobs(step)
+            row: dict[str, float] = {} if self.config.top_k is None else {"top_k": knobs.top_k}
+            if knobs.threshold is not None:
+                row["threshold"] = knobs.threshold
+            if knobs.sequence_length is not None:
+                row["sequence_length"] = knobs.sequence_length
+            row |= {f"loss_weights.{name}": factor for name, factor in knobs.loss_weights.items()}
+            rows.append({"step": step, **row})
+        return rows if len(rows[0]) > 1 else []
 
     def _threshold(self, step: int) -> float | None:
         schedule = self.config.threshold

@@ -29,6 +29,10 @@ class TrainingConfig(StrictModel):
     of the step, so that accumulation is exactly one big batch; with accumulation this costs a forward pass without
     gradients ahead of each step (about a third of its time). ``micro_batch``: each micro-batch over all ranks, as most
     frameworks do; a harder constraint the smaller it is (arXiv 2501.11873)."""
+    self_test: bool = True
+    """Before step 0, check on one micro-batch that each loss reaches the parameters it should and, of its layer, no
+    others, that the optimizer holds each trainable parameter once, and after the first step that experts have changed.
+    A few forward and backward passes of one micro-batch; changes nothing."""
     activation_checkpointing: bool = False
     """Compute attention and experts again in the backward pass instead of storing them; routing is replayed."""
 

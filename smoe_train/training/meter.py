@@ -59,10 +59,9 @@ class Meter:
         self._weights.append(weights)
         stats, self._step_stats, self._micro = self._step_stats, {}, []
         add_stats(self._routing, stats)
-        # A policy may use fewer slots than k on purpose or by a limit; k itself may change within the window.
-        add_stats(
-            self._routing, {layer: {"wanted_slots": sums["tokens"] * facts["top_k"]} for layer, sums in stats.items()}
-        )
+        # k may change within the window; a policy that uses fewer slots on purpose says how many it wanted.
+        wanted = {layer: sums["tokens"] * facts["top_k"] for layer, sums in stats.items() if "wanted_slots" not in sums}
+        add_stats(self._routing, {layer: {"wanted_slots": slots} for layer, slots in wanted.items()})
         return stats
 
     def read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from smoe_train.checkpoint import Checkpoint, CheckpointStore, collect, restore
-from smoe_train.data.loader import EvaluationBatches, MicroBatch, TrainBatches
+from smoe_train.data.loader import EvaluationBatches, Indices, MicroBatch, TrainBatches
 from smoe_train.errors import RunFailedError, RunStoppedError
 from smoe_train.evaluation import LanguageModelScore, StatSums, evaluate_language_model
 from smoe_train.model import SmoePreTrainedModel
 from smoe_train.reporting import Journal
-from smoe_train.routing import Router, StepTotals
+from smoe_train.routing import StepTotals
 from smoe_train.schedules import Curriculum, Knobs, LearningRateConfig, learning_rate
+from smoe_train.training import self_test
+from smoe_train.training.complexity import SampleOrder
 from smoe_train.training.config import EvaluationConfig, TrainingConfig
 from smoe_train.training.engine import Engine
 from smoe_train.training.meter import Meter, routing_records
@@ -55,8 +57,10 @@ class Trainer:
         journal: Where records go; None on all ranks but the first.
         identity: What a checkpoint must agree on to be resumed, saved with it.
         score_key: What a validation loss was measured on; losses with different keys are not compared.
+        sample_order: Orders each epoch but the first by difficulty; None leaves them shuffled.
         stop: Whether the run was asked to stop.
         state: Where training stands.
+        rehearsal: Whether to stop after the first step, which is written nowhere: for the self-test alone.
     """
 
     config: TrainingConfig
@@ -78,13 +82,17 @@ class Trainer:
     journal: Journal | None
     identity: dict[str, Any]
     score_key: list[Any]
+    sample_order: SampleOrder | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     state: TrainState = field(default_factory=TrainState)
+    rehearsal: bool = False
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
         restore(self.engine, checkpoint, self.process.rank, self.seed, self.process.device)
         self.state = TrainState.from_json(checkpoint.state["train"])
+        if self.sample_order is not None:
+            self.sample_order.restore(checkpoint)
         # What was best counts on only if it was measured alike and its checkpoint is one of this run's.
         comparable = checkpoint.state["score_key"] == self.score_key and self.store.holds(checkpoint)
         if not (comparable and self.store.restore_best(self.state.best_step)):
@@ -100,11 +108,13 @@ class Trainer:
         max_steps = self.config.max_steps
         state, engine = self.state, self.engine
         routers = self.model.routers().values()
-        adapting = any(adapts(router) for router in routers)
+        adapting = any(router.adapts() for router in routers)
         meter = Meter(self.process.world_size, self.process.sum, self.model.config.loss_coefficients())
         count_ahead = self._must_count_ahead()
         self.model.train()
-        for micro_batches in self.batches.steps(state.step, max_steps):
+        untrained = self._self_test() if self.config.self_test and state.step == 0 else None
+        next_order = None if self.sample_order is None else self._order_samples
+        for micro_batches in self.batches.steps(state.step, max_steps, next_order):
             knobs = self.curriculum.knobs(state.step)
             rate = learning_rate(self.learning_rate, state.step, max_steps)
             micro_batches = [batch.to(self.process.device) for batch in micro_batches]
@@ -113,6 +123,8 @@ class Trainer:
                 objective = self.objective(engine, batch, knobs, totals)
                 engine.backward(objective.total)
                 meter.add(objective)
+                if self.sample_order is not None:
+                    self.sample_order.recorder.add(batch, objective.output.experts_of_token or {})
             engine.step(rate, frozen=any(router.frozen(state.step) for router in routers))
 
             state.step += 1
@@ -127,8 +139,13 @@ class Trainer:
                 },
                 knobs.loss_weights,
             )
+            if untrained is not None:
+                self._require_expert_update(untrained, stats)
+                untrained = None
             if adapting:
-                self._adapt_routers(stats)
+                self.adapt_routers(stats)
+            if self.rehearsal:
+                return state
 
             last = state.step == max_steps
             evaluate = last or state.step % self.evaluation.every_steps == 0
@@ -144,6 +161,27 @@ class Trainer:
             if evaluate or save:
                 meter.pause()
         return state
+
+    def _self_test(self) -> dict[str, tuple[range, Tensor]]:
+        """Checks what each loss trains; returns the experts' fingerprints for the check after the first step."""
+        batch = self.batches[0][0].to(self.process.device)
+        self_test.require(
+            self_test.check_gradients(self.model, batch, self.curriculum, self.process.sum), self.process.any
+        )
+        return self_test.fingerprints(self.model, lambda parameter: self.engine.read_state(parameter)["weight"])
+
+    def _require_expert_update(self, before: dict[str, tuple[range, Tensor]], stats: StatSums) -> None:
+        after = self_test.fingerprints(self.model, lambda parameter: self.engine.read_state(parameter)["weight"])
+        slots = {layer: self.process.sum(values["slots_E"]) for layer, values in stats.items()}
+        self_test.require(self_test.check_expert_update(before, after, slots), self.process.any)
+
+    def _order_samples(self, epoch: int) -> Indices:
+        """Returns the order of the samples in an epoch that begins with the next step."""
+        assert self.sample_order is not None
+        order = self.sample_order.of_epoch(epoch)
+        if self.journal is not None:
+            self.journal.note(self.sample_order.note)
+        return order
 
     def _must_count_ahead(self) -> bool:
         """Returns whether a router loss in use needs sums over micro-batches that are not there yet."""
@@ -213,7 +251,8 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         """Writes a checkpoint together with the other ranks."""
-        files = collect(self.engine, self.process.rank, self.expert_parallel_size, self.process.device)
+        extra = self.sample_order.tensors() if self.sample_order is not None else {}
+        files = collect(self.engine, self.process.rank, self.expert_parallel_size, self.process.device, extra)
         state = {
             "train": self.state.to_json(),
             "optimizer_steps": self.engine.optimizer_steps(),
@@ -226,7 +265,7 @@ class Trainer:
         if self.journal is not None:
             self.journal.note(f"checkpoint {path}{' (best so far)' if best else ''}")
 
-    def _adapt_routers(self, stats: StatSums) -> None:
+    def adapt_routers(self, stats: StatSums) -> None:
         """Gives routers that keep statistics the sums of the step over all ranks, in one reduction."""
         routers = self.model.routers()
         keys = [(layer, name) for layer in sorted(stats) for name in sorted(stats[layer])]
@@ -238,8 +277,3 @@ class Trainer:
         with torch.no_grad():
             for layer, values in summed.items():
                 routers[layer].after_step(values)
-
-
-def adapts(router: Router) -> bool:
-    """Returns whether a policy changes a buffer after each step."""
-    return type(router).after_step is not Router.after_step

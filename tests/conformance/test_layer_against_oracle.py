@@ -14,7 +14,8 @@ from smoe_train.routing.softmax_top_k import SoftmaxTopKRouter
 LINEAR = [
     case.with_options(hyper_hidden=7, hypernet_std=0.3, init_std=0.3)
     for case in CASES
-    if isinstance(case.routers()[0], SoftmaxTopKRouter) and not getattr(case.options, "jitter", 0.0)
+    if getattr(type(case.routers()[0]), "scores", None) is SoftmaxTopKRouter.scores
+    and not getattr(case.options, "jitter", 0.0)
 ]
 IDS = [str(case).split("-hyper_hidden")[0].split("-init_std")[0] for case in LINEAR]
 COEFFICIENTS = {"load_balance_loss": 0.7, "z_loss": 0.3}

@@ -29,6 +29,7 @@ from smoe_train.routing import EMPTY_SLOT, ROUTERS, RouterPlan
 
 every_k = pytest.mark.parametrize("top_k", [1, 2, 5, NUM_EXPERTS])
 SIMPLEX_CASES = [case for case in CASES if simplex(case.routers()[0])]
+PLAIN_SOFTMAX_CASES = [case for case in CASES if getattr(case.options, "softmax", "") == "before_top_k"]
 
 
 def plan(*top_k_values):
@@ -58,7 +59,7 @@ def test_shapes_dtypes_and_ids(case, top_k):
     assert not holds(case, "k slots") or result.expert_ids_TK.shape == (23, top_k)
     for ids, weights, scores in zip(result.expert_ids_TK, result.weights_TK, result.logits_TE, strict=True):
         used = ids[ids != EMPTY_SLOT].tolist()
-        assert used
+        assert used or not holds(case, "visited")
         assert all(0 <= i < NUM_EXPERTS for i in used)
         assert len(set(used)) == len(used)
         assert scores[used].tolist() == sorted(scores[used].tolist(), reverse=True)
@@ -93,7 +94,7 @@ def test_softmax_over_the_selected_is_the_renormalised_full_softmax(name, top_k)
 @every_k
 def test_ties_go_to_the_lower_expert(case, top_k):
     """A token of zeros scores every expert alike, whatever the router's weights (biases start at 0)."""
-    case = case.with_options(generated_bias=False)
+    case = case.with_options(generated_bias=False, bias_std=0.0)
     ids = assign(case.routers()[0], torch.zeros(3, 16), context(top_k)).expert_ids_TK
     assert ids.tolist() == [list(range(top_k))] * 3
 
@@ -187,7 +188,8 @@ def test_permuting_experts_and_router_rows_together_changes_nothing(case):
     place = torch.argsort(order)
     permuted = copy.deepcopy(layer.bank)
     permuted.experts.load_state_dict({k: v[order] for k, v in layer.bank.experts.state_dict().items()})
-    torch.testing.assert_close(permuted(x, place[assignment.expert_ids_TK]), y_TKD, atol=1e-6, rtol=1e-6)
+    ids = torch.where(assignment.expert_ids_TK == EMPTY_SLOT, EMPTY_SLOT, place[assignment.expert_ids_TK])
+    torch.testing.assert_close(permuted(x, ids), y_TKD, atol=1e-6, rtol=1e-6)
     if not hasattr(layer.router, "weight"):
         return
     router = copy.deepcopy(layer.router)
@@ -234,7 +236,7 @@ def test_padding_invariance(case, kind, d_ff):
     ctx = context(token_mask_T=mask)
     ids = assign(layer.router, padded, ctx).expert_ids_TK
     assert (ids[23:] == EMPTY_SLOT).all()
-    assert (ids[:23] != EMPTY_SLOT).any(1).all()
+    assert not holds(case, "visited") or (ids[:23] != EMPTY_SLOT).any(1).all()
 
 
 @every_router
@@ -279,7 +281,8 @@ def test_every_trainable_parameter_gets_gradient_from_the_task(case):
 
 
 def one_expert_gradients(case):
-    layer = case.layer(seed=3)
+    # Gradients of cosines grow as vectors shrink; rounding would look like a gradient.
+    layer = case.with_options(init_std=0.3, embedding_gain=1.0).layer(seed=3)
     result = run(layer, tokens(scale=1.0), context(1))
     weights = assign(layer.router, tokens(scale=1.0), context(1)).weights_TK
     result.out_TD.square().sum().backward()
@@ -296,12 +299,12 @@ def test_one_expert_with_normalised_weights_trains_no_router(case):
     assert all(float(gradient.abs().max()) < 1e-3 for gradient in gradients)
     if case.options.softmax == "after_top_k":
         assert all((gradient == 0).all() for gradient in gradients)
-    assert case.options.problems(plan(1))
-    assert case.options.problems(plan(1, 4))
+    assert bool(case.options.problems(plan(1))) == holds(case, "trained")
+    assert bool(case.options.problems(plan(1, 4))) == holds(case, "trained")
     assert not case.options.problems(plan(2, 8))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if getattr(c.options, "softmax", "") == "before_top_k"], ids=str)
+@pytest.mark.parametrize("case", [case for case in PLAIN_SOFTMAX_CASES if holds(case, "trained")], ids=str)
 def test_one_expert_with_the_full_softmax_trains_the_router(case):
     """Invariant 6: Switch's p1 carries gradient at k = 1, so nothing is wrong with it."""
     weights, gradients = one_expert_gradients(case)
@@ -311,7 +314,7 @@ def test_one_expert_with_the_full_softmax_trains_the_router(case):
     assert not case.options.problems(plan(1))
 
 
-@pytest.mark.parametrize("case", SIMPLEX_CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in SIMPLEX_CASES if holds(case, "trained")], ids=str)
 def test_the_model_section_refuses_one_expert_with_normalised_weights(case):
     model = ModelConfig(moe=MoeConfig(top_k=1, router=case.options))
     keys = [key for key, _ in model.problems(frozenset({1}), 10)]

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from support.router_cases import CASES, NUM_EXPERTS, assign, context, every_router, holds, run, token_ids, tokens
+from support.router_cases import (
+    CASES,
+    NUM_EXPERTS,
+    assign,
+    context,
+    every_router,
+    every_router_with,
+    holds,
+    run,
+    token_ids,
+    tokens,
+)
 
 from smoe_train.model.smoe_config import SmoeConfig
 from smoe_train.model.transformer import weighted_router_loss
@@ -83,7 +94,7 @@ def test_z_loss_by_hand(case):
     assert float(value) == pytest.approx((log_n**2 + (2 + log_n) ** 2) / 2, rel=1e-6)
 
 
-@every_router
+@every_router_with("trained")
 def test_each_loss_moves_the_trainable_router(case):
     """Invariant 14: the gradient of each loss alone reaches the router, at any k, even where the task's does not."""
     for name in sorted(losses_of(case) & {"load_balance_loss", "z_loss"}):
@@ -96,12 +107,13 @@ def test_each_loss_moves_the_trainable_router(case):
             assert any(g is not None and g.abs().max() > 1e-5 for g in gradients), (name, top_k)
 
 
-@with_balance
+@pytest.mark.parametrize("case", [case for case in HAVE_BALANCE if holds(case, "trained")], ids=str)
 def test_descending_the_balance_loss_balances(case):
     """The sign is right: gradient steps on the loss alone reduce it from an unbalanced start."""
     router = case.with_options(jitter=0.0).routers()[0]
     x = tokens(400) + 4.0  # a common offset makes some experts everyone's favourites
-    trainable = [p for p in router.parameters() if p.requires_grad]
+    trained = router.trained_by(context())["load_balance_loss"]
+    trainable = [p for name, p in router.named_parameters() if name in trained]
     values = []
     for _ in range(30):
         loss = router.losses(assign(router, x, context()), context())["load_balance_loss"]
@@ -130,11 +142,15 @@ def test_a_coefficient_of_zero_contributes_nothing():
 
 
 def on_ranks(router, x, sizes, masks=None, top_k=2):
-    """Each rank's losses and the router gradient averaged over ranks, with collectives played back from the whole.
+    """Each rank's losses and the gradients averaged over ranks, with collectives played back from the whole.
 
     As data-parallel training does: each rank sees its tokens, counts are summed over ranks, gradients are averaged.
+    The gradients are those of the router's trained parameters and of the tokens, which a frozen router has too.
     """
-    trainable = [p for p in router.parameters() if p.requires_grad]
+    x = x.clone().requires_grad_()
+    declared = router.trained_by(context())
+    trained = declared["load_balance_loss"] | declared["z_loss"]
+    trainable = [*(p for name, p in router.named_parameters() if name in trained), x]
     num_ranks = len(sizes)
     parts = list(zip(x.split(sizes), torch.arange(len(x)).split(sizes), strict=True))
     masks = [None] * num_ranks if masks is None else masks
@@ -223,7 +239,7 @@ def test_token_averaged_losses_of_micro_batches(case):
     torch.testing.assert_close(torch.stack(halves).mean(), whole, atol=1e-6, rtol=1e-5)
 
 
-@every_router
+@every_router_with("token local")
 def test_stats_add_up(case):
     """Statistics of two parts sum to those of the whole; slots and tokens are exact counts."""
     router, x = case.routers()[0], tokens(24)

@@ -12,90 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.parallel_runs import assert_equal_runs, recipe_for, train
 from support.ranks import run_ranks
 from support.tiny import tiny_recipe
-from torch import nn
 
 from smoe_train import assembly
-from smoe_train.checkpoint.model_state import _expert_name, _parameters
 from smoe_train.data import prepare
-from smoe_train.data.loader import TrainBatches
-from smoe_train.model import RankReduction
+from smoe_train.model import RankReduction, SmoeForCausalLM
 from smoe_train.recipe import Recipe
 from smoe_train.schedules import Knobs
-from smoe_train.training.engine import Engine, LocalEngine
-from smoe_train.training.objectives import language_modelling
-from smoe_train.training.optimizer import parameter_groups
-
-STEPS = 4
-RATE = 0.1
-
-
-def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=0.0, weight_decay=0.0)
-
-
-def train(recipe: Recipe, bias: float = 0.0) -> dict[str, Any]:
-    """Takes a few SGD steps; returns global losses, gradient norms and this rank's weights by topology-free name."""
-    process = assembly.start_process(recipe)
-    tokens = prepare(recipe.data, recipe.tokenizer)
-    training = recipe.training
-    batches = TrainBatches(
-        tokens.tokens("train"),
-        training.sequence_length,
-        training.global_batch_size,
-        training.micro_batch_size,
-        recipe.seed,
-        process.rank,
-        process.world_size,
-    )
-    model = assembly.build_model(recipe, 256, assembly.expert_banks(recipe, process))
-    model.model.ranks = RankReduction(process.sum, process.world_size)
-    model.recompute_activations(training.activation_checkpointing)
-    if bias:
-        for router in model.routers().values():
-            with torch.no_grad():
-                router.bias[0] += bias  # type: ignore[index, operator, union-attr]
-    engine = build_engine(recipe, model, process, batches.accumulation_steps)
-    losses, norms = [], []
-    for step in range(STEPS):
-        total = torch.zeros(2)
-        for batch in batches[step]:
-            objective = language_modelling(engine, batch, recipe.schedule().knobs(step), model.config)
-            engine.backward(objective.total)
-            balance = objective.output.router_losses["load_balance_loss"]
-            total += torch.stack([objective.task, balance.detach()]) / batches.accumulation_steps
-        engine.step(RATE)
-        losses.append((process.sum(total) / process.world_size).tolist())
-        norms.append(float(engine.gradient_norm))
-    weights = {}
-    for name, parameter, owner in _parameters(model):
-        value = engine.read_state(parameter)["weight"]
-        if owner is None:
-            weights[name] = value
-        else:
-            weights |= {_expert_name(name, i): one for i, one in zip(owner.expert_ids, value, strict=True)}
-    return {"losses": losses, "norms": norms, "weights": weights}
-
-
-def build_engine(recipe: Recipe, model: nn.Module, process: Any, accumulation_steps: int) -> Engine:
-    groups = parameter_groups(model, recipe.optimizer)
-    for group in groups:
-        group["weight_decay"] = 0.0
-    clip = recipe.training.gradient_clipping
-    if recipe.parallel.engine == "local":
-        return LocalEngine(model, groups, sgd, accumulation_steps, clip)
-    from smoe_train.parallel.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(
-        model, groups, sgd, recipe.parallel, process, recipe.training.micro_batch_size, accumulation_steps, clip
-    )
-
-
-def recipe_for(text: Path, world_size: int, parallel: dict[str, Any], **sections: Any) -> Recipe:
-    """Returns a recipe whose micro-batches make one global batch without accumulation unless told otherwise."""
-    training = {"micro_batch_size": 8 // world_size, "gradient_clipping": None, **sections.pop("training", {})}
-    return tiny_recipe(text, world_size, parallel=parallel, training=training, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -106,27 +31,11 @@ def reference(text: Path) -> Any:
     def result(**sections: Any) -> dict[str, Any]:
         key = repr(sections)
         if key not in results:
-            bias = sections.pop("bias", 0.0)
-            results[key] = train(recipe_for(text, 1, {"engine": "local"}, **sections), bias)
+            change = sections.pop("change", None)
+            results[key] = train(recipe_for(text, 1, {"engine": "local"}, **sections), change)
         return results[key]
 
     return result
-
-
-def assert_equal_runs(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float = 5e-6) -> None:
-    weights: dict[str, torch.Tensor] = {}
-    for rank in ranks:
-        torch.testing.assert_close(rank["losses"], expected["losses"], rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(rank["norms"], expected["norms"], rtol=1e-4, atol=1e-6)
-        for name, value in rank["weights"].items():
-            if name in weights:
-                assert torch.equal(weights[name], value), f"{name} differs between ranks that hold it"
-            weights[name] = value
-    assert weights.keys() == expected["weights"].keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(
-            value, expected["weights"][name], rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 TOPOLOGIES = [
@@ -168,17 +77,22 @@ def test_clipping_uses_the_norm_over_all_experts(
 def test_accumulation_equals_the_reference_with_the_same_micro_batches(
     text: Path, reference: Any, world_size: int, size: int, zero: int
 ) -> None:
-    """With router losses off (their statistics are those of a micro-batch), accumulation is one big batch."""
+    """With router losses off nothing is counted ahead, and accumulation is one big batch for the task."""
     moe = {"model": {"moe": {"load_balance_coefficient": 0.0}}}
     parallel = {"expert_parallel_size": size, "zero_stage": zero}
     recipe = recipe_for(text, world_size, parallel, training={"micro_batch_size": 4 // world_size}, **moe)
     ranks = run_ranks(world_size, train, recipe)
     expected = reference(**moe)
     for rank in ranks:  # the balance loss of two halves is not that of the whole, and is not trained on here
-        rank["losses"] = [
-            [task, balance[1]] for (task, _), balance in zip(rank["losses"], expected["losses"], strict=True)
-        ]
+        for losses, of_one in zip(rank["losses"], expected["losses"], strict=True):
+            losses["load_balance_loss"] = of_one["load_balance_loss"]
     assert_equal_runs(ranks, expected)
+
+
+def prefer_the_first_expert(model: SmoeForCausalLM) -> None:
+    for router in model.routers().values():
+        with torch.no_grad():
+            router.bias[0] += 50.0  # type: ignore[index, operator, union-attr]
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 4), (4, 2)])
@@ -186,8 +100,8 @@ def test_one_expert_gets_every_token(text: Path, reference: Any, world_size: int
     """Ranks that receive no token, and send none to most ranks, neither hang nor disturb anything."""
     moe = {"model": {"moe": {"top_k": 1, "router": {"type": "top_k", "softmax": "before_top_k", "bias": True}}}}
     recipe = recipe_for(text, world_size, {"expert_parallel_size": size}, **moe)
-    expected = reference(bias=50.0, **moe)
-    assert_equal_runs(run_ranks(world_size, train, recipe, 50.0), expected)
+    expected = reference(change=prefer_the_first_expert, **moe)
+    assert_equal_runs(run_ranks(world_size, train, recipe, prefer_the_first_expert), expected)
     initial = assembly.build_model(recipe, 256).state_dict()["model.layers.0.moe.bank.experts.w_in"]
     after = [expected["weights"][f"model.layers.0.moe.bank.experts.{i}.w_in"] for i in range(8)]
     assert [torch.equal(new, old) for new, old in zip(after, initial, strict=True)] == [False] + [True] * 7
@@ -233,7 +147,7 @@ def test_bf16_is_near_fp32(text: Path, reference: Any, world_size: int, size: in
     expected = reference()
     for rank in ranks:
         torch.testing.assert_close(
-            [loss for loss, _ in rank["losses"]], [loss for loss, _ in expected["losses"]], rtol=0.0, atol=2e-2
+            [one["loss"] for one in rank["losses"]], [one["loss"] for one in expected["losses"]], rtol=0.0, atol=2e-2
         )
         for name, value in rank["weights"].items():
             torch.testing.assert_close(value, expected["weights"][name], rtol=0.1, atol=5e-3)

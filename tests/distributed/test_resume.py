@@ -32,11 +32,11 @@ def train(recipe: Recipe, folder: Path, stop_after: int | None = None, resume_fr
         step = trainer.engine.step
         calls = [trainer.state.step]
 
-        def step_or_die(rate: float) -> None:
+        def step_or_die(rate: float, frozen: bool = False) -> None:
             if calls[0] == stop_after:
                 os._exit(0)
             calls[0] += 1
-            step(rate)
+            step(rate, frozen)
 
         trainer.engine.step = step_or_die  # type: ignore[method-assign]
     trainer.train()
@@ -62,7 +62,13 @@ def die_and_return(recipe: Recipe, folder: Path, stop_after: int) -> None:
             train(recipe, folder, stop_after)
         finally:
             os._exit(1)
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, "died of something else, and earlier"
+
+
+def router(**options: Any) -> dict[str, Any]:
+    """Returns the sections of a run with another policy."""
+    return {"model": {"moe": {"router": options}}}
 
 
 CASES = [
@@ -72,6 +78,27 @@ CASES = [
     ("bf16", 2, {"expert_parallel_size": 2, "precision": "bf16"}, {}),
     ("one process", 1, {"expert_parallel_size": 1}, {}),
     ("local", 1, {"engine": "local"}, {}),
+    (
+        "SimSMoE, whose counters and due pairs are buffers",
+        2,
+        {"expert_parallel_size": 2},
+        {
+            "model": {
+                "moe": {
+                    "num_experts": 4,
+                    "router": {
+                        "type": "sim_smoe",
+                        "similarity_coefficient": 0.5,
+                        "frequency": 40,
+                        "frequency_unit": "tokens",
+                        "threshold": 0.0,
+                        "min_tokens": 4,
+                        "projection": "mlp",
+                    },
+                }
+            }
+        },
+    ),
     (
         "dropout, jitter, k schedule, workers, accumulation",
         2,
@@ -83,6 +110,9 @@ CASES = [
             "loader": {"num_workers": 1},
         },
     ),
+    ("into stage 2", 2, {"expert_parallel_size": 2}, router(type="stable_moe", stage_1_steps=5)),
+    ("in stage 2", 2, {"expert_parallel_size": 2, "precision": "bf16"}, router(type="stable_moe", stage_1_steps=3)),
+    ("balancing bias", 2, {"expert_parallel_size": 2, "precision": "bf16"}, router(type="sigmoid")),
 ]
 
 
@@ -98,6 +128,7 @@ def test_a_resumed_run_is_bit_identical(
         folder.mkdir()
     run_ranks(world_size, train, recipe, straight)
     run_ranks(world_size, die_and_return, recipe, broken, 5)
+    assert (broken / "checkpoints" / "step-00000004").exists()
     assert not (broken / "checkpoints" / "step-00000006").exists()
     run_ranks(world_size, train, recipe, broken)
     expected = losses(straight)

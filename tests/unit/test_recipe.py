@@ -222,6 +222,96 @@ CONTRADICTIONS = [
         "curriculum.top_k",
         "has no effect: the model has no MoE layer",
     ),
+    *(
+        (
+            None,
+            {"model": moe(layers=[]), "curriculum": {key: value}},
+            f"curriculum.{key}",
+            "has no effect: the model has no MoE layer",
+        )
+        for key, value in {
+            "threshold": {"first": 0.1, "last": 0.2},
+            "competition": {},
+            "loss_weights": {"load_balance_loss": {"first": 1.0, "last": 0.0}},
+            "order": {},
+        }.items()
+    ),
+    (
+        None,
+        {"curriculum": {"threshold": {"first": 0.1, "last": 0.2}}},
+        "curriculum.threshold",
+        "router top_k has no threshold",
+    ),
+    (None, {"curriculum": {"competition": {}}}, "curriculum.competition", "router top_k has no contest"),
+    (
+        None,
+        {
+            "model": {"num_layers": 4, "moe": {"router": {"type": "compete_smoe"}}},
+            "curriculum": {"competition": {"flip_rate": 1.0}},
+        },
+        "curriculum.competition.max_layers",
+        "3 is less than the 4 contests a step",
+    ),
+    (
+        None,
+        {"curriculum": {"loss_weights": {"load_balance": {"first": 1.0, "last": 0.0}}}},
+        "curriculum.loss_weights.load_balance",
+        "router top_k has no such loss; did you mean 'load_balance_loss'",
+    ),
+    (
+        None,
+        {"curriculum": {"loss_weights": {"z_loss": {"first": 1.0, "last": 0.0}}}},
+        "curriculum.loss_weights.z_loss",
+        "multiplies the coefficient of the loss, which is 0",
+    ),
+    (
+        None,
+        {"curriculum": {"loss_weights": {"load_balance_loss": {"first": 1.0, "last": -0.5}}}},
+        "curriculum.loss_weights.load_balance_loss",
+        "cannot be negative",
+    ),
+    (
+        None,
+        {"curriculum": {"loss_weights": {"load_balance_loss": {"form": "exponential", "first": 1.0, "last": 0.0}}}},
+        "curriculum.loss_weights.load_balance_loss.form",
+        "exponential needs first and last above 0",
+    ),
+    (
+        None,
+        {"curriculum": {"loss_weights": {"load_balance_loss": {"first": 1.0, "last": 0.0, "start_step": 1000}}}},
+        "curriculum.loss_weights.load_balance_loss.start_step",
+        "1000 is not before training.max_steps 1000",
+    ),
+    *(
+        (
+            None,
+            {"curriculum": {"sequence_length": {"low": low, "steps": 5}}},
+            "curriculum.sequence_length.low",
+            f"training.sequence_length 256 is not {low} times a power of two above 1",
+        )
+        for low in (256, 512, 3, 96)
+    ),
+    (
+        None,
+        {"curriculum": {"order": {}}},
+        "curriculum.order",
+        "has no effect: router top_k gives every token the same number of experts",
+    ),
+    (
+        None,
+        {"model": moe(router={"type": "adaptive"}), "curriculum": {"order": {"window_samples": 16}}},
+        "curriculum.order.window_samples",
+        "orders samples within a step only; use more than training.global_batch_size 16",
+    ),
+    (
+        None,
+        {
+            "curriculum": {"top_k": {"form": "multi_step_increase", "low": 1, "high": 17}},
+            "model": moe(num_experts=32, router={"type": "top_k", "softmax": "before_top_k"}),
+        },
+        "curriculum.top_k.high",
+        "17 is never reached",
+    ),
     (6, {"parallel": {"expert_parallel_size": 3}}, "parallel.expert_parallel_size", "valid for 6 processes"),
     (2, {"parallel": {"expert_parallel_size": 4}}, "parallel.expert_parallel_size", "does not divide the 2 processes"),
     (3, {"training": {"global_batch_size": 16}}, "training.global_batch_size", "not a multiple of 24 = 3 processes"),
@@ -246,6 +336,28 @@ def test_a_contradiction_is_the_one_thing_reported(world_size, sections, key, te
     found = problems(world_size, **sections)
     assert list(found) == [key]
     assert text in found[key]
+
+
+def test_a_curriculum_that_has_an_effect_is_accepted():
+    first_and_last = {"first": 0.5, "last": 1.0, "start_step": 999}
+    assert problems(curriculum={"loss_weights": {"load_balance_loss": {**first_and_last, "form": "exponential"}}}) == {}
+    assert problems(curriculum={"sequence_length": {"low": 128, "steps": 5}}) == {}
+    assert problems(curriculum={"sequence_length": {"low": 1, "steps": 10**6}}) == {}
+    adaptive = moe(router={"type": "adaptive"})
+    order = {"by": "l2", "window_samples": 17}
+    assert problems(model=adaptive, curriculum={"threshold": first_and_last, "order": order}) == {}
+    over_adaptive = moe(router={"type": "sim_smoe", "base": {"type": "adaptive"}})
+    assert "curriculum.order" not in problems(model=over_adaptive, curriculum={"order": {}})
+
+
+def test_an_order_of_samples_can_neither_be_added_to_a_run_nor_taken_away():
+    """In the middle of an epoch that would train some samples twice; how they are ordered may change."""
+    adaptive = moe(router={"type": "adaptive"})
+    without, cosine = recipe(model=adaptive).identity(), recipe(model=adaptive, curriculum={"order": {}}).identity()
+    by_mean = recipe(model=adaptive, curriculum={"order": {"by": "mean_ratio", "window_samples": 99}}).identity()
+    assert cosine == by_mean
+    (key,) = cosine.keys() - without.keys()
+    assert "curriculum.order" in key
 
 
 def test_the_default_recipe_has_no_contradiction():

@@ -10,7 +10,7 @@ from support.tiny import tiny_recipe
 
 import smoe_train
 from smoe_train.assembly import build_engine, build_model
-from smoe_train.checkpoint import CheckpointStore, collect, load_weights, restore, seed_everything
+from smoe_train.checkpoint import CheckpointStore, collect, load_weights, read_extra, restore, seed_everything
 from smoe_train.checkpoint.store import Checkpoint
 from smoe_train.cli.run_folder import OneRank
 from smoe_train.data.loader import MicroBatch
@@ -104,6 +104,27 @@ def test_training_goes_on_bit_by_bit(tmp_path, router, at):
     assert again.train(5 - at) == expected
     for (name, one), (_, other) in zip(whole.model.state_dict().items(), again.model.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_what_else_a_run_keeps_is_written_once_and_found_by_its_prefix(tmp_path):
+    run = Run(recipe())
+    extra = {"a/one": torch.arange(3, dtype=torch.int32), "a/two": torch.tensor(5), "b/one": torch.zeros(2)}
+    plain = collect(run.engine, 0, 1, CPU)
+    files = collect(run.engine, 0, 1, CPU, extra)
+    assert {name: set(tensors) - set(plain[name]) for name, tensors in files.items()} == {
+        name: {f"extra/{one}" for one in extra} if name == "shared.safetensors" else set() for name in plain
+    }
+    assert not any(
+        name.startswith("extra/") for tensors in collect(run.engine, 1, 1, CPU, extra).values() for name in tensors
+    )
+    path = CheckpointStore(tmp_path, OneRank(), 9).save(0, files, {"optimizer_steps": 0})
+    found = read_extra(Checkpoint.open(path), "a/")
+    assert set(found) == {"one", "two"}
+    assert found["one"].dtype == torch.int32
+    assert found["one"].tolist() == [0, 1, 2]
+    assert int(found["two"]) == 5
+    assert read_extra(Checkpoint.open(path), "c/") == {}
+    run.load(path)  # and is in nobody's way
 
 
 def test_saving_disturbs_nothing(tmp_path):

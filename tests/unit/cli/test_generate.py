@@ -59,3 +59,34 @@ def test_mistakes(run, arguments, message):
     found = smoe_train("generate", run, *arguments)
     assert found.code == 2
     assert message in found.err
+
+
+@pytest.mark.parametrize("over", [None, "sim_smoe"])
+def test_a_router_that_looks_at_later_tokens_cannot_generate(text, tmp_path, over):
+    router = {"type": "expert_choice", "allow_future_leak": True}
+    router = router if over is None else {"type": over, "base": router}
+    recipe = write_recipe(tmp_path, text, training={"max_steps": 1}, model={"moe": {"router": router}})
+    assert smoe_train("train", recipe, "--output-dir", tmp_path).code == 0
+    found = smoe_train("generate", tmp_path / "tiny", "--prompt", "expert")
+    assert found.code == 2
+    assert f"{over or 'expert_choice'} looks at later tokens" in found.err
+
+
+def test_token_0_of_the_prompt_is_no_padding(run, monkeypatch):
+    """Left to itself, transformers takes what equals the padding id for padding."""
+    from smoe_train.model import SmoeForCausalLM
+
+    masks = []
+    generate = SmoeForCausalLM.generate
+    monkeypatch.setattr(
+        SmoeForCausalLM, "generate", lambda *a, **k: masks.append(k["attention_mask"]) or generate(*a, **k)
+    )
+    assert smoe_train("generate", run, "--prompt", "\0ab", "--max-new-tokens", "2").code == 0
+    assert masks[0].tolist() == [[1, 1, 1]]
+
+
+def test_a_router_that_looks_back_generates_without_a_cache(text, tmp_path):
+    router = {"type": "stable_moe", "distilled": "convolution", "stage_1_steps": 1}
+    recipe = write_recipe(tmp_path, text, training={"max_steps": 2}, model={"moe": {"router": router}})
+    assert smoe_train("train", recipe, "--output-dir", tmp_path).code == 0
+    assert text_of(tmp_path / "tiny", "--prompt", "expert").startswith("expert")

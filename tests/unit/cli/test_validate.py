@@ -83,6 +83,9 @@ def test_a_plan_for_four_processes(recipe):
         "tokens_per_step": 128,
         "accumulation_steps": 1,
         "top_k_in_training": [1, 2, 3],
+        "forward_flops_per_token": {
+            str(k): 2.0 * (3 * (256 + 2 * 16 * 8) + 192 + 2 * (32 + k * 80) + 8 * 256) for k in (1, 2, 3)
+        },
         # From 1 to 3 in 1000 steps, read at step 0, the quarters of 999, and 999.
         "curriculum": [{"step": s, "top_k": k} for s, k in ((0, 1), (249, 1), (499, 2), (749, 2), (999, 3))],
         "bytes_per_rank": bytes_of_rank,
@@ -128,6 +131,7 @@ def test_every_scheduled_knob_is_planned(recipe):
     found = plan(
         recipe,
         "curriculum.top_k=null",
+        "model.moe.z_loss_coefficient=0.1",
         "curriculum.loss_weights.z_loss={first: 0.0, last: 1.0}",
         "curriculum.sequence_length={low: 4, steps: 2}",
         "training.max_steps=3",
@@ -169,6 +173,12 @@ def test_the_self_test_runs_the_first_step(readable):
     assert "self_test" not in plan(readable)
 
 
+def test_the_self_test_has_no_use_for_an_order_of_later_epochs(readable):
+    """With the whole batch 300 steps reach the second epoch; with the one micro-batch of the self-test they do not."""
+    overrides = ("model.moe.router={type: adaptive}", "curriculum.order.by=l2", "training.max_steps=300")
+    assert plan(readable, "--self-test", *overrides)["self_test"]["moe_layers"] == [0, 2]
+
+
 def test_the_self_test_names_what_is_wrong(readable, monkeypatch):
     losses = TopKRouter.losses
     monkeypatch.setattr(
@@ -177,3 +187,14 @@ def test_the_self_test_names_what_is_wrong(readable, monkeypatch):
     with pytest.raises(CheckFailedError, match="layer 2: z_loss has no gradient at all, but should train") as caught:
         call(readable, "--self-test")
     assert caught.value.exit_code == 3
+
+
+def test_what_a_contest_sends(recipe):
+    """64 tokens a rank of 32 bytes, 4 experts on 2 ranks, 3 winners: the other rank's share of each."""
+    arguments = (recipe, "parallel.expert_parallel_size=2", "--nproc", "2", "model.moe.router.type=compete_smoe")
+    found = plan(*arguments, "curriculum.top_k.low=2", "model.moe.top_k=2")
+    values, responses, outputs, winners = 32, 2 * 4, 3 * 32 // 2, 3 * 4
+    expected = 64 * (2 * (values + responses + outputs) + winners)
+    assert found["bytes_per_rank"]["contest_bytes_per_layer_and_step"] == expected
+    assert "a contest of one layer" in call(*arguments, "curriculum.top_k.low=2", "model.moe.top_k=2").stdout
+    assert "contest_bytes_per_layer_and_step" not in plan(recipe)["bytes_per_rank"]

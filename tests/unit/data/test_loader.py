@@ -6,7 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoe_train.data.loader import IGNORED_LABEL, EvaluationBatches, TrainBatches, block_order, splitmix64
+from smoe_train.data.loader import (
+    IGNORED_LABEL,
+    EvaluationBatches,
+    MicroBatch,
+    TrainBatches,
+    block_order,
+    splitmix64,
+)
 from smoe_train.errors import DataError
 
 MASK = (1 << 64) - 1
@@ -28,7 +35,7 @@ def same(one, other):
     return len(one) == len(other) and all(
         torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(one, other, strict=True)
-        for name in ("input_ids_BS", "labels_BS", "token_mask_BS", "sample_index_B")
+        for name in ("input_ids_BS", "labels_BS", "token_mask_BS", "sample_index_B", "block_B")
     )
 
 
@@ -194,3 +201,132 @@ def test_evaluation_predicts_every_token_once_and_ranks_stay_in_lockstep(count, 
     assert sorted(labels) == sorted(tokens[1 : 1 + predictable].tolist())
     assert len(lengths) == 1
     assert sorted(indices) == list(range(len(indices)))
+
+
+def test_each_sample_says_which_block_it_is():
+    batches = TrainBatches(numbered(60), 5, 4, 2, seed=3)
+    for step in range(8):
+        for micro_batch in batches[step]:
+            assert (micro_batch.input_ids_BS[:, 0] == 5 * micro_batch.block_B).all()
+
+
+# Orders that are made on the way
+
+
+def backwards(num_blocks, seed, epoch):
+    """A stand-in for an order by difficulty: not the shuffled one, different in each epoch."""
+    return block_order(num_blocks, seed, epoch)[::-1].copy()
+
+
+def blocks_of(micro_batches):
+    """The blocks of a step of one rank, in the order of the global batch."""
+    pairs = [
+        pair
+        for batch in micro_batches
+        for pair in zip(batch.sample_index_B.tolist(), batch.block_B.tolist(), strict=True)
+    ]
+    return [block for _, block in sorted(pairs)]
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 12), st.integers(0, 30), st.integers(1, 40), st.integers(0, 40))
+def test_epochs_and_first_steps(global_batch, more_blocks, epoch, step):
+    blocks = global_batch + more_blocks
+    batches = TrainBatches(numbered(blocks + 1), 1, global_batch, 1, seed=0)
+    samples = range(step * global_batch, (step + 1) * global_batch)
+    assert list(batches.epochs_of(step)) == sorted({g // blocks for g in samples})
+    first = batches.first_step_of(epoch)
+    assert epoch in batches.epochs_of(first)
+    assert epoch not in batches.epochs_of(first - 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("blocks", [12, 13, 16, 6], ids="{} blocks".format)
+def test_orders_are_asked_for_one_by_one_when_the_steps_before_are_done(blocks, num_workers):
+    """Epoch 1 begins in the step that has its first sample, also where that step ends epoch 0; no block is lost."""
+    batches = TrainBatches(numbered(4 * blocks + 1), 4, 6, 3, seed=5, num_workers=num_workers)
+    done, asked = [], []
+
+    def next_order(epoch):
+        asked.append((epoch, len(done)))
+        return backwards(blocks, 5, epoch)
+
+    steps = 5 * blocks // 6
+    for micro_batches in batches.steps(0, steps, next_order):
+        done.append(blocks_of(micro_batches))
+        assert len(batches.orders) <= 2, "orders of epochs that are over are not kept"
+    assert len(done) == steps
+    assert asked == [(epoch, epoch * blocks // 6) for epoch in range(1, 6) if epoch * blocks // 6 < steps]
+    stream = [block for step in done for block in step]
+    expected = list(block_order(blocks, 5, 0))
+    for epoch in range(1, 6):
+        expected += list(backwards(blocks, 5, epoch))
+    assert stream == expected[: len(stream)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_going_on_in_the_middle_of_an_epoch_asks_only_for_what_is_not_there(num_workers):
+    blocks, steps = 13, 12
+    whole = [*TrainBatches(numbered(53), 4, 6, 3, 5).steps(0, steps, lambda epoch: backwards(blocks, 5, epoch))]
+    for first in range(1, steps):
+        batches = TrainBatches(numbered(53), 4, 6, 3, 5, num_workers=num_workers)
+        newest = batches.epochs_of(first - 1)[-1]  # what a checkpoint after step ``first`` holds
+        batches.orders = {newest: backwards(blocks, 5, newest)} if newest else {}
+        asked = []
+
+        def next_order(epoch, asked=asked):
+            asked.append(epoch)
+            return backwards(blocks, 5, epoch)
+
+        got = list(batches.steps(first, steps, next_order))
+        assert all(same(one, other) for one, other in zip(got, whole[first:], strict=True))
+        assert asked == list(range(newest + 1, batches.epochs_of(steps - 1)[-1] + 1))
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 3), (3, 1), (6, 1)])
+def test_samples_next_to_each_other_in_a_given_order_go_to_different_ranks(world, micro):
+    blocks = 13
+    ranks = [TrainBatches(numbered(53), 4, 6, micro, 5, rank, world) for rank in range(world)]
+    iterators = [one.steps(0, 6, lambda epoch: backwards(blocks, 5, epoch)) for one in ranks]
+    stream = [*block_order(blocks, 5, 0), *backwards(blocks, 5, 1), *backwards(blocks, 5, 2)]
+    for step, of_ranks in enumerate(zip(*iterators, strict=True)):
+        rank_of = {
+            j: rank
+            for rank, micro_batches in enumerate(of_ranks)
+            for micro_batch in micro_batches
+            for j in micro_batch.sample_index_B.tolist()
+        }
+        assert [rank_of[j] for j in range(6)] == [j % world for j in range(6)]
+        found = {
+            j: block
+            for micro_batches in of_ranks
+            for batch in micro_batches
+            for j, block in zip(batch.sample_index_B.tolist(), batch.block_B.tolist(), strict=True)
+        }
+        assert [found[j] for j in range(6)] == stream[6 * step : 6 * step + 6]
+
+
+# Shorter sequences
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+def test_cutting_sequences_keeps_every_token_and_its_place_in_the_global_batch(samples, parts, length):
+    full = parts * length
+    shape = (samples, full)
+    ids = torch.arange(samples * full).view(shape)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(full)) < 0.7
+    index, block = torch.arange(samples) * 3 + 1, torch.arange(samples) + 40
+    cut = MicroBatch(ids, ids + 1, mask, index, block).in_sequences_of(length)
+    assert cut.input_ids_BS.shape == cut.labels_BS.shape == cut.token_mask_BS.shape == (samples * parts, length)
+    for row in range(samples * parts):
+        sample, part = divmod(row, parts)
+        piece = slice(part * length, (part + 1) * length)
+        assert cut.input_ids_BS[row].tolist() == ids[sample, piece].tolist()
+        assert cut.labels_BS[row].tolist() == (ids + 1)[sample, piece].tolist()
+        assert cut.token_mask_BS[row].tolist() == mask[sample, piece].tolist()
+        assert int(cut.block_B[row]) == 40 + sample
+        # What keys routing noise: sample_index * length + position is what it was with full sequences.
+        position = torch.arange(length)
+        before = (3 * sample + 1) * full + torch.arange(full)[piece]
+        assert (cut.sample_index_B[row] * length + position).tolist() == before.tolist()

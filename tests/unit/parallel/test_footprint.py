@@ -2,7 +2,7 @@
 
 import pytest
 
-from smoe_train.parallel.footprint import footprint
+from smoe_train.parallel.footprint import contest_bytes, footprint
 from smoe_train.parallel.topology import ParallelConfig
 
 # 4 ranks in 2 expert-parallel groups, 2 MoE layers, 800 parameters in experts, 100 trained beside them, 7 frozen.
@@ -62,3 +62,13 @@ def test_json_has_every_figure():
         "all_to_all_bytes_per_step": found.all_to_all_bytes_per_step,
         "model_state_bytes": found.model_state_bytes,
     }
+
+
+def test_a_contest_by_hand():
+    """10 tokens of 3 bf16 values, 8 experts on 4 ranks, 4 winners.
+
+    Each of the 3 others gets 6 bytes of values, 2 fp32 responses and 4 int32 winners a token; of 4 outputs of 6 bytes
+    3 come from elsewhere. Values, responses and outputs go twice.
+    """
+    assert contest_bytes(10, 3, 8, 4, 4, 2) == 10 * (2 * (3 * (6 + 8) + 4 * 6 * 3 // 4) + 3 * 16)
+    assert contest_bytes(10, 3, 8, 4, 1, 2) == 0

@@ -1,15 +1,30 @@
-"""The k schedules against the formulas of section 1.5 of the notes, written out independently."""
+"""The k schedules against the released formulas, written out independently, and every other knob by hand."""
 
 import math
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from smoe_train.schedules import Curriculum, CurriculumConfig, Knobs, TopKScheduleConfig, top_k_at
+from smoe_train.schedules import (
+    AFTER_TRAINING,
+    CompetitionConfig,
+    CompetitionSchedule,
+    Curriculum,
+    CurriculumConfig,
+    Knobs,
+    SampleOrderConfig,
+    SequenceLengthConfig,
+    TopKScheduleConfig,
+    ValueScheduleConfig,
+    sequence_length_at,
+    top_k_at,
+    value_at,
+)
 
 FORMS = ["linear", "cosine", "exponential", "multi_step"]
 
@@ -142,3 +157,136 @@ def test_long_schedules_are_listed_quickly():
 def test_impossible_schedules_are_refused(values):
     with pytest.raises(ValidationError):
         TopKScheduleConfig(**values)
+
+
+# Numbers
+
+
+def numbers(form, at_steps, **options):
+    schedule = ValueScheduleConfig(form=form, **options)
+    return [value_at(schedule, step, 10) for step in at_steps]
+
+
+def test_numbers_by_hand():
+    assert numbers("linear", range(5), first=1.0, last=3.0, steps=4) == [1.0, 1.5, 2.0, 2.5, 3.0]
+    half = math.sqrt(0.5)  # cos(pi / 4)
+    cosine = [0.0, (1 - half) / 2, 0.5, (1 + half) / 2, 1.0]
+    assert numbers("cosine", range(5), first=0.0, last=1.0, steps=4) == pytest.approx(cosine)
+    assert numbers("exponential", range(4), first=8.0, last=1.0, steps=3) == pytest.approx([8.0, 4.0, 2.0, 1.0])
+    assert numbers("linear", (0, 2, 3, 5, 7, 9), first=0.4, last=0.0, start_step=3, steps=4) == pytest.approx(
+        [0.4, 0.4, 0.4, 0.2, 0.0, 0.0]
+    )
+
+
+@pytest.mark.parametrize("form", ["linear", "cosine", "exponential"])
+@settings(max_examples=60)
+@given(
+    first=st.floats(1e-3, 1e3),
+    last=st.floats(1e-3, 1e3),
+    start=st.integers(0, 20),
+    steps=st.none() | st.integers(1, 20),
+    max_steps=st.integers(21, 50),
+)
+def test_numbers_go_one_way_and_end_to_the_bit(form, first, last, start, steps, max_steps):
+    schedule = ValueScheduleConfig(form=form, first=first, last=last, start_step=start, steps=steps)
+    end = start + steps if steps is not None else max_steps
+    values = [value_at(schedule, step, max_steps) for step in range(end + 3)]
+    assert values[: start + 1] == [first] * (start + 1)
+    assert values[end:] == [last] * 3
+    way = values[start : end + 1]
+    direction = 1.0 if last >= first else -1.0
+    assert all(direction * (after - before) >= -1e-9 * before for before, after in pairwise(way))
+    assert value_at(schedule, AFTER_TRAINING, max_steps) == last
+
+
+def test_a_change_without_a_length_lasts_until_the_end_of_training():
+    schedule = ValueScheduleConfig(first=1.0, last=0.0, start_step=10)
+    assert [value_at(schedule, step, 30) for step in (10, 20, 30)] == [1.0, 0.5, 0.0]
+    assert [value_at(schedule, step, 10) for step in (10, 11)] == [1.0, 0.0], "no step is left: at once"
+
+
+# Lengths
+
+
+def test_lengths_double_at_equal_intervals():
+    config = SequenceLengthConfig(low=32, steps=9)
+    lengths = [sequence_length_at(config, step, 256) for step in range(12)]
+    assert lengths == [32] * 3 + [64] * 3 + [128] * 3 + [256] * 3
+    assert sequence_length_at(SequenceLengthConfig(low=8, steps=1), 0, 32) == 8
+    assert sequence_length_at(SequenceLengthConfig(low=8, steps=1), 1, 32) == 32
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 16), st.integers(1, 6), st.integers(1, 60))
+def test_every_length_divides_the_full_one_and_none_is_left_out(low, doublings, steps):
+    config, full = SequenceLengthConfig(low=low, steps=steps), low * 2**doublings
+    lengths = [sequence_length_at(config, step, full) for step in range(steps + 3)]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], set(lengths[steps:])) == (low, {full})
+    assert all(full % length == 0 for length in lengths)
+    if steps >= doublings:
+        assert set(lengths) == {low * 2**power for power in range(doublings + 1)}
+
+
+# All of it together
+
+
+def everything():
+    config = CurriculumConfig(
+        top_k=TopKScheduleConfig(low=1, high=3),
+        threshold=ValueScheduleConfig(first=0.4, last=0.0),
+        loss_weights={"z_loss": ValueScheduleConfig(first=0.0, last=1.0, steps=2)},
+        sequence_length=SequenceLengthConfig(low=16, steps=8),
+        order=SampleOrderConfig(),
+    )
+    contests = CompetitionConfig(flip_rate=1.0, warmup_steps=2, max_layers=None)
+    return Curriculum(config, 2, 8, 64, CompetitionSchedule(contests, 0, (1, 2)))
+
+
+def test_one_step_has_all_knobs():
+    assert everything().knobs(4) == Knobs(
+        step=4,
+        top_k=2,
+        threshold=pytest.approx(0.2),
+        competing_layers=frozenset({1, 2}),
+        loss_weights={"z_loss": 1.0},
+        sequence_length=32,
+    )
+    assert everything().knobs(1).competing_layers == frozenset()
+
+
+def test_evaluation_is_a_plain_pass_with_the_threshold_of_its_step():
+    """Full length, k of the model or as asked, no contest, no factors: figures of all steps are of one kind."""
+    assert everything().evaluation_knobs(4) == Knobs(step=4, top_k=2, threshold=pytest.approx(0.2))
+    assert everything().evaluation_knobs(8, 5) == Knobs(step=8, top_k=5, threshold=0.0)
+    assert Curriculum(CurriculumConfig(), 2, 8, 64).evaluation_knobs(3) == Knobs(step=3, top_k=2)
+
+
+def test_the_outline_has_what_is_scheduled_and_nothing_else():
+    names = {"step", "top_k", "threshold", "sequence_length", "loss_weights.z_loss"}
+    rows = everything().outline()
+    assert all(set(row) == names for row in rows)
+    assert [(row["step"], row["top_k"], row["sequence_length"]) for row in rows] == [
+        (0, 1, 16), (1, 1, 16), (3, 2, 16), (5, 2, 32), (7, 3, 32)
+    ]  # fmt: skip
+    assert Curriculum(CurriculumConfig(order=SampleOrderConfig()), 2, 8, 64).outline() == []
+    assert [row["step"] for row in Curriculum(everything().config, 2, 1, 64).outline()] == [0]
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        (ValueScheduleConfig, {"first": 1.0}),
+        (ValueScheduleConfig, {"first": 1.0, "last": 0.0, "steps": 0}),
+        (ValueScheduleConfig, {"first": math.nan, "last": 0.0}),
+        (ValueScheduleConfig, {"first": 1.0, "last": 0.0, "start_step": -1}),
+        (SequenceLengthConfig, {"low": 0, "steps": 1}),
+        (SequenceLengthConfig, {"low": 8}),
+        (SampleOrderConfig, {"by": "random"}),
+        (SampleOrderConfig, {"window_samples": 1}),
+    ],
+    ids=str,
+)
+def test_impossible_values_are_refused(model, values):
+    with pytest.raises(ValidationError):
+        model(**values)

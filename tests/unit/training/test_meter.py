@@ -16,6 +16,7 @@ def stats(slots, tokens):
         "slots_E": torch.tensor(slots),
         "probability_E": torch.tensor([tokens / 2.0, tokens / 2.0]),
         "tokens": torch.tensor(float(tokens)),
+        "two_expert_tokens": torch.tensor(0.0),
         "entropy": torch.tensor(0.5 * tokens),
         "margin": torch.tensor(0.25 * tokens),
     }
@@ -74,6 +75,18 @@ def test_a_step_returns_its_own_sums_and_a_window_starts_anew():
     assert (step["step"], step["loss"], layer["load"], layer["dead_experts"]) == (3, 7.0, [0.0, 1.0], 1)
 
 
+def test_each_step_is_weighted_with_its_own_factors():
+    """The raw value stays; the weighted one is raw x coefficient x the curriculum's factor of that step."""
+    meter = Meter(1, alone, COEFFICIENTS)
+    for factors in ({}, {"load_balance_loss": 0.5}, {"load_balance_loss": 0.0, "z_loss": 7.0}):
+        meter.add(objective(1.0, 3.0, [2.0, 2.0]))
+        meter.end_step({"step": 1, "top_k": 1}, factors)
+    steps, _ = meter.read()
+    assert [step["load_balance_loss"] for step in steps] == [3.0] * 3
+    assert [step["load_balance_loss_weighted"] for step in steps] == [1.5, 0.75, 0.0]
+    assert [step["z_loss_weighted"] for step in steps] == [0.0] * 3, "nothing, however often, is nothing"
+
+
 def test_losses_are_means_over_ranks_and_routing_is_a_sum():
     def two_ranks(values):  # the other rank has seen the same twice over
         return values * 3
@@ -116,4 +129,4 @@ def test_layers_come_in_order_from_one_reduction():
     records = routing_records({3: stats([2.0, 2.0], 2), 0: stats([1.0, 3.0], 2)}, 2, reduce)
     assert [record["layer"] for record in records] == [0, 3]
     assert [record["load"] for record in records] == [[0.25, 0.75], [0.5, 0.5]]
-    assert calls == [(14,)]
+    assert calls == [(16,)]

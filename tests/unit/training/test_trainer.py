@@ -120,6 +120,7 @@ def test_checkpoints_are_written_when_due_and_hold_the_state(whole):
 
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_by_bit(whole, text, tmp_path, step):
+    """Invariant 10, second half: the k schedule, too, goes on from where it was, evaluations notwithstanding."""
     folder, trainer = whole
     checkpoint = Checkpoint.open(folder / "checkpoints" / f"step-{step:08d}")
     torch.manual_seed(99)
