@@ -21,10 +21,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint types format bench compare docs docker clean
+.PHONY: help demo test test-slow lint types format bench bench-adaptive compare docs docker clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/package.stamp ## train a small model with 2 expert-parallel processes (a few minutes on a CPU)
 	$(BIN)/smoe-train demo $(DEMO_ARGS)
@@ -48,6 +48,9 @@ format: .venv/dev.stamp ## rewrite the code to the format
 
 bench: .venv/package.stamp ## time the mixture-of-experts layer against a dense one
 	$(BIN)/python scripts/bench_moe.py $(BENCH_ARGS)
+
+bench-adaptive: .venv/package.stamp ## time adaptive gating by its share of tokens with two experts
+	$(BIN)/python scripts/bench_adaptive.py $(BENCH_ARGS)
 
 compare: .venv/dev.stamp ## train every routing policy on a piece of enwik8 and write the table (about an hour)
 	$(BIN)/python scripts/compare_policies.py $(COMPARE_ARGS)

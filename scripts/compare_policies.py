@@ -79,7 +79,7 @@ POLICIES = (
     Policy(
         "smoe_dropout, k = 2 to 8",
         "enwik8/smoe_dropout",
-        ("curriculum.top_k={form: linear_increase, low: 2, high: 8}",),
+        ("curriculum.top_k={form: linear_increase, low: 2, high: 8}", "evaluation.top_k=[2]"),
         "frozen router; trained with 2.5 times the expert rows, evaluated with k = 2",
     ),
     Policy("x_moe", "enwik8/x_moe"),
@@ -87,7 +87,13 @@ POLICIES = (
     Policy("sigmoid", "enwik8/sigmoid", (), "bias balancing instead of a balance loss"),
     Policy("compete_smoe", "enwik8/compete_smoe"),
     Policy("sim_smoe over top_k", "enwik8/sim_smoe"),
-    Policy("adaptive over top_k", "enwik8/adaptive", (), "one or two experts a token"),
+    Policy("adaptive over top_k", "enwik8/adaptive", (), "one or two experts a token, threshold 0.1"),
+    Policy(
+        "adaptive, target share 0.3",
+        "enwik8/adaptive",
+        ("model.moe.router.target_top2_share=0.3",),
+        "threshold follows the share",
+    ),
 )
 
 

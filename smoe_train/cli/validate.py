@@ -132,8 +132,8 @@ def show(recipe: Recipe, nproc: int) -> None:
     for key in ("total", "active", "trainable", "frozen", "experts", "routers"):
         table.add_row(f"parameters, {key}", f"{parameters[key]:,}")
     for k, flops in plan["forward_flops_per_token"].items():
-        experts = f", {k} expert{'s' * (k > 1)}" if k else ""
-        table.add_row(f"forward FLOPs a token{experts}", f"{flops:,.0f}")
+        visited = f", {k} expert{'s' * (k > 1)}" if k else ""
+        table.add_row(f"forward FLOPs a token{visited}", f"{flops:,.0f}")
     table.add_row("processes", f"{plan['processes']}, expert-parallel size {recipe.parallel.expert_parallel_size}")
     table.add_row("valid expert-parallel sizes", _ints(plan["valid_expert_parallel_sizes"]))
     tokens = f"{plan['tokens_per_step']:,} in {plan['accumulation_steps']} micro-batch(es) a rank"

@@ -36,8 +36,8 @@ def routing_record(sums: Mapping[str, Sequence[float] | float], top_k: int) -> d
         ``load`` (shares of the routed slots), ``load_max_over_mean`` (1 is balanced, E is collapsed), ``entropy``
         (nats, mean of the tokens' router entropies) and ``entropy_normalised`` (by ln E), ``load_entropy_normalised``
         (entropy of the load by ln E), ``dead_experts`` (no slot at all), ``top1_margin`` (mean p_first - p_second),
-        ``experts_per_token``, ``two_expert_share`` (tokens with two experts or more), and ``dropped_share`` (wanted slots
-        that no expert received).
+        ``experts_per_token``, ``two_expert_share`` (tokens with two experts or more), and ``dropped_share`` (wanted
+        slots that no expert received).
     """
     slots = [float(value) for value in _sequence(sums["slots_E"])]
     tokens = max(_number(sums["tokens"]), 1.0)

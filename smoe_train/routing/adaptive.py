@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from smoe_train.routing.contract import (
     EMPTY_SLOT,
     Assignment,
+    Contest,
     Context,
     Draw,
     Merged,
+    Outcome,
     RouterConfig,
     RouterPlan,
     RouterShape,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:  # at run time the union of all probability routers, which exi
 Gap = Literal["full", "top2_renormalised"]
 
 GAP_BINS = 1024
-# What a step's count of gaps still weighs after the next, as a fraction; in tenths, for integer arithmetic.
+# Of the gaps counted so far, what remains when another step's are added; in tenths, for integer arithmetic.
 MEMORY_TENTHS = 9
 FRACTION_BITS = 20
 
@@ -94,6 +96,10 @@ class AdaptiveConfig(RouterConfig):
     def varies_experts(self) -> bool:
         """A token has one expert or more."""
         return True
+
+    def competes(self) -> bool:
+        """Returns whether the base does."""
+        return self.base.competes()
 
     def _never_two(self) -> bool:
         return self.threshold < 0.0 and self.target_top2_share is None
@@ -164,8 +170,12 @@ class AdaptiveRouter(Router):
     def assign(self, x_TD: Tensor, token_ids_T: Tensor, context: Context) -> Assignment:
         """Selects up to ``context.top_k`` experts of each token."""
         config, fixed_k = self.config, self._fixed_k(context)
+        # The base's whole assignment: its losses may need more of it than the scores.
+        of_base = self.base.assign(x_TD, token_ids_T, context)
+        if self.base.contest(context) is not None:
+            return of_base  # what it would have done; the contest decides
+        logits_TE = of_base.logits_TE
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.base.scores(x_TD, context)
             ids_TK = select_top_k(logits_TE, min(context.top_k, fixed_k or context.top_k))
             p_TK = combination_weights(logits_TE, ids_TK, "before_top_k")
             used_TK = torch.ones_like(ids_TK, dtype=torch.bool)
@@ -178,7 +188,16 @@ class AdaptiveRouter(Router):
                 chosen_TK = logits_TE.gather(1, ids_TK).masked_fill(~used_TK, -torch.inf)
                 weights_TK = torch.softmax(chosen_TK, dim=-1)
         expert_ids_TK = torch.where(used_TK, ids_TK, EMPTY_SLOT)
-        return Assignment(*without_padding(expert_ids_TK, weights_TK, context.token_mask_T), logits_TE)
+        expert_ids_TK, weights_TK = without_padding(expert_ids_TK, weights_TK, context.token_mask_T)
+        return replace(of_base, expert_ids_TK=expert_ids_TK, weights_TK=weights_TK)
+
+    def contest(self, context: Context) -> Contest | None:
+        """The base's: where experts compete, every token has k winners."""
+        return self.base.contest(context)
+
+    def settle(self, assignment: Assignment, outcome: Outcome, context: Context) -> Assignment:
+        """As the base."""
+        return self.base.settle(assignment, outcome, context)
 
     def threshold(self, context: Context) -> Tensor | float:
         """Returns the threshold of this pass: scheduled, from the counted gaps, or the option."""
@@ -202,7 +221,9 @@ class AdaptiveRouter(Router):
         Further stats: ``wanted_slots`` (slots that were to be used), ``threshold`` (times tokens) and, with a target
         share, ``gap_counts_N`` (tokens by the gap of their second expert, see `gap_quantile`).
         """
-        merged = super().merge(assignment, y_TKD, context)
+        # Either the base computes its losses or this policy does: their totals over a step have one name.
+        merge = super().merge if self.base.contest(context) is None else self.base.merge
+        merged = merge(assignment, y_TKD, context)
         stats = dict(merged.stats)
         with torch.no_grad():
             stats["wanted_slots"] = stats["slots_E"].sum()
@@ -273,7 +294,9 @@ def count_gaps(gap_T: Tensor, token_mask_T: Tensor | None) -> Tensor:
 
 
 def gap_quantile(counts_N: Tensor, share: float) -> Tensor:
-    """Returns the gap (0-dim fp32) that this share of the counted tokens does not exceed, linear in the angle within a bin.
+    """Returns the gap (0-dim fp32) that this share of the counted tokens does not exceed.
+
+    Within a bin it is linear in the angle.
 
     Args:
         counts_N: Counts of `count_gaps`, in any unit.

@@ -677,3 +677,34 @@ def test_the_schema_names_the_bases():
     schema = json_schema()["$defs"]["AdaptiveConfig"]["properties"]["base"]
     assert {"top_k", "hyper_router"} <= set(schema["discriminator"]["mapping"])
     assert "adaptive" not in schema["discriminator"]["mapping"]
+
+
+def test_over_competing_experts_a_contest_has_k_winners_and_a_routed_pass_is_adaptive():
+    """Contests are the base's, bit for bit; in routed passes the gap of the router's probabilities decides."""
+    case = RouterCase("adaptive", (("base", {"type": "compete_smoe", "init_std": 0.3}), ("threshold", 0.3)))
+    base = RouterCase("compete_smoe", (("init_std", 0.3),))
+    assert case.options.competes()
+    layer, alone = case.layer(), base.layer()
+    x = tokens(scale=1.0)
+    contested, expected = (run(one, x, context(competing=True)) for one in (layer, alone))
+    assert torch.equal(contested.out_TD, expected.out_TD)
+    assert contested.experts_of_token_T.tolist() == [2] * len(x)
+    assert contested.losses.keys() == expected.losses.keys()
+    for name, value in expected.losses.items():
+        assert torch.equal(contested.losses[name], value), name
+    routed = run(layer, x, context())
+    assert sorted(set(routed.experts_of_token_T.tolist())) == [1, 2]
+    assert routed.losses.keys() == expected.losses.keys()
+    assert float(routed.losses["router_distillation_loss"]) == 0.0
+    assert float(routed.losses["load_balance_loss"].detach()) > 0.0
+
+
+def test_the_losses_of_a_base_with_scores_of_its_own_are_exact():
+    """X-MoE's balance loss has its own temperature; adaptive gating leads no gradient into the learned one."""
+    layer = RouterCase("adaptive", (("base", {"type": "x_moe"}), ("balance_tokens", "all"))).layer()
+    loss = run(layer, tokens(scale=1.0), context()).losses["load_balance_loss"]
+    parameters = dict(layer.router.base.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = dict(zip(parameters, gradients, strict=True))
+    assert found["log_temperature"] is None
+    assert found["projection"].abs().max() > 0

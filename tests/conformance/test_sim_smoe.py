@@ -496,6 +496,27 @@ def test_a_second_choice_is_probed_at_k_1():
     assert (merged.experts_of_token_T == plain.experts_of_token_T).all()
 
 
+COMPETING = [base for base in BASES if router_config({"type": base}).competes()]
+
+
+@pytest.mark.parametrize("base", COMPETING)
+def test_winners_of_a_contest_are_counted_and_compared(base):
+    """On a competing step pairs are those of winners, and their outputs are those of the contest."""
+    layer = layer_of(base)
+    x = tokens(60, scale=1.0).double()
+    ctx = context(competing=True, token_index_T=torch.arange(60))
+    merged, plain = run(layer, x, ctx), run(base_layer(layer), x, ctx)
+    assert torch.equal(merged.out_TD, plain.out_TD)
+    assert all(torch.equal(merged.losses[name], value) for name, value in plain.losses.items())
+    counts_EE = merged.stats["co_routed_EE"]
+    assert float(counts_EE.sum()) == 60
+    assert torch.equal(counts_EE.sum(0) + counts_EE.sum(1), plain.stats["slots_E"])
+    found = gradients(layer, merged.losses[LOSS])
+    assert float(merged.losses[LOSS]) > 0
+    assert found["bank.experts.w_in"].abs().max() > 0
+    assert all(g is None or (g == 0).all() for name, g in found.items() if name.startswith("router.base."))
+
+
 def plan(*top_k_values, num_experts=8):
     return RouterPlan(frozenset(top_k_values), num_experts, 100)
 

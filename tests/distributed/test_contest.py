@@ -13,7 +13,7 @@ from support.router_cases import D_MODEL, NUM_EXPERTS, RouterCase, context, toke
 from support.tiny import tiny_recipe
 
 from smoe_train import assembly
-from smoe_train.model import StackedExperts
+from smoe_train.model import LocalExpertBank, StackedExperts
 from smoe_train.model.initialise import KeyedDraw
 from smoe_train.model.moe import MoeLayer
 from smoe_train.parallel.topology import Topology
@@ -143,7 +143,7 @@ def one_layer(chunk_tokens: int | None, recompute: bool, world_size: int, size: 
         return experts
 
     if world_size == 1:
-        layer = MoeLayer(case.routers()[0], _local_bank(make))
+        layer = MoeLayer(case.routers()[0], LocalExpertBank(NUM_EXPERTS, make))
     else:
         from smoe_train.parallel.deepspeed_bank import DeepSpeedExpertBank
 
@@ -154,11 +154,7 @@ def one_layer(chunk_tokens: int | None, recompute: bool, world_size: int, size: 
     layer.recompute = recompute
     width = 24 // world_size
     mine = slice(process.rank * width, (process.rank + 1) * width)
-    real = (
-        torch.cat([torch.arange(width) < share for share in shares])[mine]
-        if world_size > 1
-        else torch.cat([torch.arange(24 // len(shares)) < share for share in shares])
-    )
+    real = torch.cat([torch.arange(24 // len(shares)) < share for share in shares])[mine]
     x_TD = tokens(24, scale=1.0)[mine].double().requires_grad_()
     average = torch.tensor(sum(shares) / world_size)
     ctx = context(
@@ -185,12 +181,6 @@ def one_layer(chunk_tokens: int | None, recompute: bool, world_size: int, size: 
         "losses": {name: value.detach() / world_size for name, value in merged.losses.items()},
         "experts": experts,
     }
-
-
-def _local_bank(make: Any) -> Any:
-    from smoe_train.model import LocalExpertBank
-
-    return LocalExpertBank(NUM_EXPERTS, make)
 
 
 @pytest.mark.parametrize("shares", [[6, 6, 6, 6], [6, 0, 3, 1]], ids=str)

@@ -40,7 +40,11 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "weights": ("renormalised",),
     "balance_tokens": ("all",),
     "target_top2_share": (0.3,),
-    "base": ({"type": "hyper_router", "hyper_hidden": 8, "generated_bias": False, "hypernet_std": 0.3},),
+    "base": (
+        {"type": "hyper_router", "hyper_hidden": 8, "generated_bias": False, "hypernet_std": 0.3},
+        {"type": "x_moe"},
+        {"type": "compete_smoe"},
+    ),
     "preset": ("v1",),
 }
 
@@ -155,6 +159,7 @@ EXEMPT: dict[str, dict[str, str]] = {
     # the load-balance loss is E * sum f P with P of softmax(logits)
     "plain balance": {
         "x_moe": "P is a softmax at a temperature of its own",
+        "sim_smoe-base={'type': 'x_moe'}": "has the loss of its base",
         "adaptive": "counts only tokens with one expert in f",
     },
     # some loss trains some parameter of the router
