@@ -121,11 +121,14 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
-def routers(json: AsJson = False) -> None:
-    """List the routing policies with their options."""
+def routers(
+    name: Annotated[str, typer.Argument(help="A policy, to see its options; all policies if not given.")] = "",
+    json: AsJson = False,
+) -> None:
+    """List the routing policies, or show the options of one."""
     from smoe_train.cli import recipes as command
 
-    command.list_routers(json)
+    command.list_routers(name, json)
 
 
 @app.command()

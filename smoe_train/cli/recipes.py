@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from smoe_train.errors import LaunchError
 from smoe_train.recipe import find_recipe, json_schema, load_recipe, recipe_folder, shipped_recipes
+
+if TYPE_CHECKING:
+    from smoe_train.routing import RouterEntry
 
 
 def list_recipes(as_json: bool) -> None:
@@ -20,7 +24,7 @@ def list_recipes(as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"name": name, "description": description} for name, description in rows], indent=1))
         return
-    table = Table("recipe", "description")
+    table = Table(Column("recipe", no_wrap=True), "description")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -61,29 +65,43 @@ def print_schema() -> None:
     print(json.dumps(json_schema(), indent=1))
 
 
-def list_routers(as_json: bool) -> None:
-    """Prints each routing policy, its source and its options."""
+def list_routers(name: str, as_json: bool) -> None:
+    """Prints a line for each routing policy, or the options of the one that is named.
+
+    Raises:
+        UnknownNameError: There is no such policy.
+    """
     from smoe_train.routing import ROUTERS
 
-    entries: list[dict[str, Any]] = []
-    for name, entry in ROUTERS.items():
-        options = {
-            key: {"default": field.default, "description": " ".join((field.description or "").split())}
-            for key, field in entry.config.model_fields.items()
-            if key != "type"
-        }
-        router = entry.router
-        entries.append({"type": name, "summary": router.summary, "paper": router.paper, "options": options})
+    names = [name] if name else ROUTERS.names()
+    entries = [_router(one, ROUTERS.get(one)) for one in names]
     if as_json:
         print(json.dumps(entries, indent=1))
         return
-    console = Console()
-    for item in entries:
-        table = Table("option", "default", "what it does", title=f"{item['type']}: {item['summary']}", min_width=60)
-        table.caption = str(item["paper"])
-        for key, option in item["options"].items():
-            table.add_row(key, str(option["default"]), option["description"])
-        console.print(table)
+    if not name:
+        width = max(len(entry["type"]) for entry in entries) + 2
+        for entry in entries:
+            print(f"{entry['type']:{width}}{entry['summary']} [{entry['paper']}]")
+        print("\nsmoe-train routers NAME shows a router's options")
+        return
+    (entry,) = entries
+    table = Table("option", "default", "what it does", title=f"{name}: {entry['summary']}", min_width=60)
+    table.caption = entry["paper"]
+    for key, option in entry["options"].items():
+        table.add_row(key, str(option["default"]), option["description"])
+    Console().print(table)
+
+
+def _router(name: str, entry: RouterEntry) -> dict[str, Any]:
+    options = {
+        key: {
+            "default": field.default.model_dump() if isinstance(field.default, BaseModel) else field.default,
+            "description": " ".join((field.description or "").split()),
+        }
+        for key, field in entry.config.model_fields.items()
+        if key != "type"
+    }
+    return {"type": name, "summary": entry.router.summary, "paper": entry.router.paper, "options": options}
 
 
 def _description(path: Path) -> str:

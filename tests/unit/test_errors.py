@@ -16,6 +16,7 @@ EXIT_CODES = {
     "LaunchError": 2,
     "RunFailedError": 1,
     "RunStoppedError": 75,
+    "CheckFailedError": 3,
 }
 
 

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from smoe_train.cli.app import app
 from smoe_train.errors import LaunchError, RecipeError
 from smoe_train.recipe import find_recipe, json_schema, load_recipe, shipped_recipes
+from smoe_train.registry import UnknownNameError
 from smoe_train.routing import ROUTERS
 
 
@@ -65,5 +66,14 @@ def test_routers():
         assert entry["summary"]
         assert "arXiv" in entry["paper"]
         assert all(option["description"] for option in entry["options"].values())
+    assert listed["sim_smoe"]["options"]["base"]["default"]["type"] == "top_k"
+
+
+def test_routers_have_a_line_each_and_one_shows_its_options():
     table = call("routers")
-    assert all(name in table for name in listed)
+    assert [line.split()[0] for line in table.splitlines()[: len(ROUTERS.names())]] == ROUTERS.names()
+    assert "hyper_hidden" not in table
+    assert "hyper_hidden" in call("routers", "hyper_router")
+    assert json.loads(call("routers", "x_moe", "--json"))[0]["type"] == "x_moe"
+    with pytest.raises(UnknownNameError, match="did you mean 'top_k'"):
+        call("routers", "topk")
