@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from smoe_train.model.expert_bank import BankFactory
 from smoe_train.parallel.topology import Topology
 from smoe_train.recipe import Recipe
 from smoe_train.reporting import Journal
+from smoe_train.schedules import Knobs
 from smoe_train.training.complexity import ComplexityRecorder, SampleOrder
 from smoe_train.training.engine import Engine, LocalEngine
 from smoe_train.training.objectives import language_modelling
@@ -192,6 +194,12 @@ def build_for_evaluation(recipe: Recipe, process: Process, checkpoint: Checkpoin
     return model
 
 
+def evaluation_knobs(recipe: Recipe, checkpoint: Checkpoint, top_k: int) -> Knobs:
+    """Returns what a checkpoint is run with outside training: schedules stand where they stood when it was written."""
+    knobs = recipe.schedule().evaluation_knobs(checkpoint.step, top_k)
+    return replace(knobs, threshold=checkpoint.state.get("threshold", knobs.threshold))
+
+
 def bytes_per_token(tokens: TokenStore, split: SplitName) -> float:
     """Returns how many bytes of text a token of a split stands for on average."""
     return tokens.num_bytes(split) / len(tokens.tokens(split))
@@ -232,6 +240,7 @@ __all__ = [
     "build_trainer",
     "bytes_per_token",
     "check_identity",
+    "evaluation_knobs",
     "expert_banks",
     "identity",
     "open_journal",

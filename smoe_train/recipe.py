@@ -148,8 +148,8 @@ def check_recipe(layered: Layered, default_name: str, world_size: int | None = N
         for key, message, involved in cross_check(recipe, world_size):
             # A check that read a default in place of a wrong value would complain about what nobody wrote.
             if not any(_overlap(one, bad) for one in (key, *involved) for bad in dropped):
-                here = layered.overridden(key) or not any(layered.overridden(one) for one in involved)
-                problems.append(Problem(layered.where(key) if here else COMMAND_LINE, key, message))
+                overridden = any(layered.overridden(one) for one in (key, *involved))
+                problems.append(Problem(COMMAND_LINE if overridden else layered.where(key), key, message))
     if problems or recipe is None:
         raise RecipeError(problems)
     return recipe
@@ -191,7 +191,8 @@ def _curriculum_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]
         found += [(f"curriculum.{key}", "has no effect: the model has no MoE layer", layers) for key in idle]
     else:
         if curriculum.threshold is not None and not router.has_threshold():
-            found.append(("curriculum.threshold", f"has no effect: router {router.type} has no threshold", named))
+            message = f"has no effect: router {router.type} with these options has no threshold to schedule"
+            found.append(("curriculum.threshold", message, named))
         if curriculum.competition is not None and not router.competes():
             found.append(("curriculum.competition", f"has no effect: router {router.type} has no contest", named))
         if router.competes():
@@ -199,9 +200,13 @@ def _curriculum_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]
             for key, message in competition.problems(len(model.moe_layers()), training.max_steps):
                 involved = (*named, "model.num_layers", "curriculum.competition", "training.max_steps")
                 found.append((f"curriculum.competition.{key}", message, involved))
-        if curriculum.order is not None and not router.varies_experts():
-            message = f"has no effect: router {router.type} gives every token the same number of experts"
+        varies = router.varies_experts() or (curriculum.threshold is not None and router.has_threshold())
+        if curriculum.order is not None and not varies:
+            message = f"has no effect: router {router.type} with these options gives all tokens as many experts"
             found.append(("curriculum.order", message, named))
+        if curriculum.order is not None and router.competes():
+            message = "a contest gives all tokens k experts, so it would count samples of such steps as hard"
+            found.append(("curriculum.order", f"{message}; use a router without contests", named))
         losses = sorted(ROUTERS.get(router.type).router.losses_of(router))
         moe = model.moe
         shared = {"load_balance_loss": moe.load_balance_coefficient, "z_loss": moe.z_loss_coefficient}
@@ -224,6 +229,11 @@ def _curriculum_checks(recipe: Recipe) -> list[tuple[str, str, tuple[str, ...]]]
             found.append((f"curriculum.{key}.start_step", message, ("training.max_steps",)))
         if key != "threshold" and min(values.first, values.last) < 0.0:
             found.append((f"curriculum.{key}", "a factor on a coefficient cannot be negative", ()))
+        if key == "threshold" and not -1.0 <= min(values.first, values.last) <= max(values.first, values.last) <= 1.0:
+            found.append(("curriculum.threshold", "a gap of probabilities lies between -1 and 1", ()))
+        elif key == "threshold" and max(values.first, values.last) < 0.0:
+            message = "below 0 throughout, no token ever has a second expert; use top_k with k = 1"
+            found.append(("curriculum.threshold", message, ()))
     return found + _sample_checks(recipe) + _top_k_checks(recipe)
 
 

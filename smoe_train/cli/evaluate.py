@@ -83,7 +83,7 @@ def evaluate_here(options: EvaluateOptions) -> dict[str, object]:
     Raises:
         DataError: The data has no such split.
     """
-    from smoe_train.assembly import build_for_evaluation, bytes_per_token
+    from smoe_train.assembly import build_for_evaluation, bytes_per_token, evaluation_knobs
     from smoe_train.data import prepare
     from smoe_train.data.loader import EvaluationBatches
     from smoe_train.evaluation import evaluate_language_model
@@ -107,7 +107,7 @@ def evaluate_here(options: EvaluateOptions) -> dict[str, object]:
     scores = evaluate_language_model(
         build_for_evaluation(recipe, process, checkpoint),
         batches,
-        [recipe.schedule().evaluation_knobs(checkpoint.step, top_k) for top_k in top_k_values],
+        [evaluation_knobs(recipe, checkpoint, top_k) for top_k in top_k_values],
         bytes_per_token(tokens, split),
         process.device,
         process.sum,

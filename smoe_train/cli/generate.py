@@ -39,7 +39,7 @@ def generate(
     """
     import torch
 
-    from smoe_train.assembly import build_for_evaluation
+    from smoe_train.assembly import build_for_evaluation, evaluation_knobs
     from smoe_train.data import build_tokenizer
     from smoe_train.parallel.process import Process
     from smoe_train.routing import Router
@@ -75,7 +75,7 @@ def generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),  # transformers would take every token 0 of the prompt for padding
         max_new_tokens=max_new_tokens,
-        knobs=recipe.schedule().evaluation_knobs(checkpoint.step, experts),
+        knobs=evaluation_knobs(recipe, checkpoint, experts),
         pad_token_id=0,
         **({**sampling, "top_p": top_p, "top_k": 0} if temperature else sampling),
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -93,9 +92,11 @@ def list_routers(name: str, as_json: bool) -> None:
 
 
 def _router(name: str, entry: RouterEntry) -> dict[str, Any]:
+    from smoe_train.routing import RouterConfig
+
     options = {
         key: {
-            "default": field.default.model_dump() if isinstance(field.default, BaseModel) else field.default,
+            "default": {"type": field.default.type} if isinstance(field.default, RouterConfig) else field.default,
             "description": " ".join((field.description or "").split()),
         }
         for key, field in entry.config.model_fields.items()

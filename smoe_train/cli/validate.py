@@ -41,11 +41,14 @@ def validate(name_or_path: str, overrides: tuple[str, ...], nproc: int, self_tes
         return
     show(recipe, nproc)
     if tested is not None:
+        moe = f", the experts of {len(tested['moe_layers'])} layers change in the first step"
         print(
-            f"self-test passed: {', '.join(tested['losses'])} reach what they should and nothing else, "
-            f"{tested['parameters_in_optimizer']} parameters are in one optimizer group each, the experts of "
-            f"{len(tested['moe_layers'])} layers change in the first step"
+            f"self-test passed, in one process in fp32: {', '.join(tested['losses'])} train what they should and "
+            f"nothing else, {tested['parameters_in_optimizer']} parameters are in one optimizer group each"
+            f"{moe if tested['moe_layers'] else ''}"
         )
+        if tested["not_judged"]:
+            print(f"0 on this micro-batch, so not judged: {', '.join(tested['not_judged'])}")
 
 
 def rehearse(recipe: Recipe) -> dict[str, Any]:
@@ -64,6 +67,7 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
         losses = {name for router in trainer.model.routers().values() for name in router.losses_of(router.config)}
         return {
             "losses": ["task", *sorted(losses)],
+            "not_judged": trainer.not_judged,
             "parameters_in_optimizer": sum(parameter.requires_grad for parameter in trainer.model.parameters()),
             "moe_layers": list(trainer.model.routers()),
         }

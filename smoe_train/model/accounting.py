@@ -19,7 +19,7 @@ class ParameterCensus:
         total: All parameters; tied embeddings count once.
         active: Those that one token uses: everything but the experts it does not visit.
         trainable: Those that are trained.
-        frozen: Those that are not (HyperRouter's hypernetworks).
+        frozen: Those that are not (HyperRouter's hypernetworks, random routers).
         experts: Those in experts.
         routers: Those in routers.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -94,8 +95,12 @@ class AdaptiveConfig(RouterConfig):
         return self.target_top2_share is None
 
     def varies_experts(self) -> bool:
-        """A token has one expert or more."""
-        return True
+        """A token has one expert or more, unless the threshold leaves no choice."""
+        return self.target_top2_share is not None or 0.0 <= self.threshold < 1.0
+
+    def most_experts(self, top_k: int) -> int:
+        """One where the threshold, if no schedule sets it, allows no second."""
+        return 1 if self._never_two() else top_k
 
     def competes(self) -> bool:
         """Returns whether the base does."""
@@ -138,6 +143,7 @@ class AdaptiveRouter(Router):
         super().__init__(config, shape)
         self.base = base
         self.looks_back_tokens = base.looks_back_tokens
+        self._rehearsing = False
         if config.target_top2_share is not None:
             # Integers with a binary fraction: a cast of the model to bf16 leaves them alone.
             self.register_buffer("gap_counts_N", torch.zeros(GAP_BINS, dtype=torch.int64))
@@ -180,7 +186,9 @@ class AdaptiveRouter(Router):
             p_TK = combination_weights(logits_TE, ids_TK, "before_top_k")
             used_TK = torch.ones_like(ids_TK, dtype=torch.bool)
             if fixed_k is None:
-                used_TK = gaps_to_best(p_TK.detach(), config.gap) <= self.threshold(context)
+                gaps_TK = gaps_to_best(p_TK.detach(), config.gap)
+                # In rehearsal half of the tokens have one expert, so that the losses of both kinds are at work.
+                used_TK = gaps_TK <= (gaps_TK[:, -1].median() if self._rehearsing else self.threshold(context))
                 used_TK[:, :1] = True
             if config.weights == "raw":
                 weights_TK = torch.where(used_TK, p_TK, torch.zeros((), dtype=p_TK.dtype, device=p_TK.device))
@@ -243,6 +251,16 @@ class AdaptiveRouter(Router):
     def losses_reaching_experts(self, context: Context) -> frozenset[str]:
         """As the base."""
         return self.base.losses_reaching_experts(context)
+
+    @contextmanager
+    def rehearsal(self, stats: Mapping[str, Tensor]) -> Iterator[None]:
+        """Gives half of the tokens one expert: the load-balance loss is 0 while none has."""
+        self._rehearsing = True
+        try:
+            with self.base.rehearsal(stats):
+                yield
+        finally:
+            self._rehearsing = False
 
     def late_frozen(self) -> list[nn.Parameter]:
         """Those of the base."""

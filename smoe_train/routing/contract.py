@@ -49,6 +49,10 @@ class RouterConfig(StrictModel):
         """Returns whether experts compete for tokens, in the layers and steps that the curriculum says."""
         return False
 
+    def most_experts(self, top_k: int) -> int:
+        """Returns how many experts a token can have at most."""
+        return top_k
+
     def has_threshold(self) -> bool:
         """Returns whether the policy has a threshold that the curriculum can schedule."""
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import ClassVar, Literal
 
 import torch
@@ -47,6 +48,14 @@ class ExpertChoiceConfig(RouterConfig):
             found.append(f"max_experts_per_token: has no effect with num_experts {plan.num_experts}; leave it out")
         return found
 
+    def most_experts(self, top_k: int) -> int:
+        """As many as choose it, whatever k is."""
+        return self.max_experts_per_token or sys.maxsize
+
+    def varies_experts(self) -> bool:
+        """A token has between 0 and E experts."""
+        return True
+
 
 @register_router("expert_choice", ExpertChoiceConfig)
 class ExpertChoiceRouter(Router):
@@ -64,6 +73,7 @@ class ExpertChoiceRouter(Router):
 
     loss_names: ClassVar[frozenset[str]] = frozenset({"z_loss"})
     causal: ClassVar[bool] = False
+    selects_by_logits: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2202.09368 (Expert Choice)"
     summary: ClassVar[str] = "experts choose tokens, so loads are equal; not causal"
     config: ExpertChoiceConfig

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,7 @@ class Router(nn.Module, ABC):
         loss_names: Auxiliary losses that the policy can return; a coefficient for any other is a mistake.
         batch_losses: Those of them that are not means over tokens, but functions of sums over the whole batch.
         causal: Whether a token's routing depends on no later token; False makes a policy useless for generation.
+        selects_by_logits: Whether a token's k experts are those with its k highest logits.
         looks_back_tokens: Earlier tokens of a sequence that decide about one; generation then runs without a cache.
         paper: Where the policy comes from, with its arXiv id.
         summary: The idea in one line.
@@ -42,6 +44,7 @@ class Router(nn.Module, ABC):
     loss_names: ClassVar[frozenset[str]]
     batch_losses: ClassVar[frozenset[str]] = frozenset()
     causal: ClassVar[bool] = True
+    selects_by_logits: ClassVar[bool] = True
     looks_back_tokens: int = 0
     paper: ClassVar[str]
     summary: ClassVar[str]
@@ -123,6 +126,16 @@ class Router(nn.Module, ABC):
     def losses_reaching_experts(self, context: Context) -> frozenset[str]:
         """Returns the auxiliary losses whose gradient reaches the experts of the same layer."""
         return frozenset()
+
+    def rehearsal(self, stats: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Returns a state for the self-test in which every loss is at work, left again without a trace.
+
+        For policies one of whose losses is 0 at first, whatever it should train.
+
+        Args:
+            stats: Of a pass over the tokens that the self-test uses.
+        """
+        return nullcontext()
 
     def late_frozen(self) -> list[nn.Parameter]:
         """Returns the parameters that are trained at first and frozen later, see `frozen`."""

@@ -73,6 +73,7 @@ class SigmoidRouter(Router):
 
     loss_names: ClassVar[frozenset[str]] = frozenset({"load_balance_loss"})
     batch_losses: ClassVar[frozenset[str]] = frozenset({"load_balance_loss"})
+    selects_by_logits: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2408.15664 (loss-free balancing); 2412.19437 (DeepSeek-V3)"
     summary: ClassVar[str] = "sigmoid scores; a bias in the selection balances the loads, without a loss"
     config: SigmoidConfig

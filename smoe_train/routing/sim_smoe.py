@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -84,10 +85,24 @@ class SimSmoeConfig(RouterConfig):
     def problems(self, plan: RouterPlan) -> list[str]:
         """Pairs need two experts a token; options of another kernel have no effect."""
         found = [f"base: {problem}" for problem in self.base.problems(plan)]
-        if max(plan.top_k_values) < 2 and not self.probe_second_expert:
+        base = ROUTERS.get(self.base.type).router
+        if base.selects_by_logits and max(plan.top_k_values) < 2 and not self.probe_second_expert:
             found.append("no two experts see the same token with k = 1; use k >= 2, or probe_second_expert: true")
-        if 1 not in plan.top_k_values and self.probe_second_expert:
+        elif self.base.most_experts(max(plan.top_k_values)) < 2 and not self.probe_second_expert:
+            found.append("no two experts see the same token with these options of base")
+        if self.probe_second_expert and not base.selects_by_logits:
+            found.append(f"probe_second_expert: the second choice of {self.base.type} is not that of its scores")
+        elif self.probe_second_expert and 1 not in plan.top_k_values:
             found.append("probe_second_expert has no effect: k is never 1")
+        if self.frequency_unit == "batch_fraction" and self.frequency >= plan.max_steps - 1:
+            found.append(
+                f"frequency: {self.frequency} batches' worth of shared tokens, and then a step for the check, are more "
+                f"than training.max_steps {plan.max_steps} has; no pair is ever checked"
+            )
+        if self.similarity == "cka_rbf" and min(self.max_tokens, self.candidate_tokens) < self.min_tokens:
+            found.append(
+                f"max_tokens and candidate_tokens: fewer than min_tokens {self.min_tokens}: nothing is measured"
+            )
         if plan.num_experts < 2:
             found.append("there are no pairs of experts with num_experts 1")
         if self.threshold > 1.0:
@@ -183,6 +198,7 @@ class SimSmoeRouter(Router):
         super().__init__(config, shape)
         self.base = base
         self.looks_back_tokens = base.looks_back_tokens
+        self._rehearsing = False
         self.head: ProjectionHead | None = None
         self.width = shape.d_model
         if config.projection != "none":
@@ -284,6 +300,21 @@ class SimSmoeRouter(Router):
         """The base's, and the similarity loss."""
         return self.base.losses_reaching_experts(context) | {LOSS}
 
+    @contextmanager
+    def rehearsal(self, stats: Mapping[str, Tensor]) -> Iterator[None]:
+        """Checks the pairs that share most tokens, and finds them alike: at first none is due."""
+        due_P2 = self.due_P2.clone()
+        order = torch.sort(stats["co_routed_EE"].flatten(), descending=True, stable=True).indices[: len(due_P2)]
+        pairs_P2 = torch.stack([order // self.shape.num_experts, order % self.shape.num_experts], 1)
+        self._rehearsing = True
+        self.due_P2[: len(pairs_P2)] = pairs_P2
+        try:
+            with self.base.rehearsal(stats):
+                yield
+        finally:
+            self.due_P2.copy_(due_P2)
+            self._rehearsing = False
+
     def late_frozen(self) -> list[nn.Parameter]:
         """Returns the base's."""
         return self.base.late_frozen()
@@ -336,7 +367,10 @@ class SimSmoeRouter(Router):
         else:
             rows = shared_sample(x_PTW, y_PTW, shared_PT, context, config.candidate_tokens, config.max_tokens)
             decision, objective = (self._rbf(*rows, one) for one in ("debiased", config.estimator))
-        fired_P = (decision.value_P.detach() >= config.threshold) & decision.defined_P & objective.defined_P
+        collapsed_P = decision.value_P.detach() >= config.threshold
+        if self._rehearsing:
+            collapsed_P = torch.ones_like(collapsed_P)
+        fired_P = collapsed_P & decision.defined_P & objective.defined_P
         loss = torch.where(fired_P, objective.value_P, 0.0).sum().to(y_TKD.dtype)
         return loss, {
             "pairs_checked": (self.due_P2[:, 0] != NO_EXPERT).sum(),
@@ -345,12 +379,15 @@ class SimSmoeRouter(Router):
             "pairs_cka/pairs_measured": decision.value_P.detach().sum(),
         }
 
+    def _least_tokens(self) -> int:
+        return LEAST_TOKENS if self._rehearsing else self.config.min_tokens
+
     def _linear(self, sums_PM: Tensor, estimator: Estimator) -> Similarity:
-        return cka_linear(sums_PM, self.width, estimator, self.config.min_tokens)
+        return cka_linear(sums_PM, self.width, estimator, self._least_tokens())
 
     def _rbf(self, x_PNW: Tensor, y_PNW: Tensor, shared_PN: Tensor, estimator: Estimator) -> Similarity:
         config = self.config
-        return cka_rbf(x_PNW, y_PNW, shared_PN, estimator, config.sigma, config.sigma_mode, config.min_tokens)
+        return cka_rbf(x_PNW, y_PNW, shared_PN, estimator, config.sigma, config.sigma_mode, self._least_tokens())
 
 
 def _second_choice(assignment: Assignment) -> Tensor:

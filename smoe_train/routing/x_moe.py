@@ -32,6 +32,7 @@ BALANCE_TEMPERATURES = {"softmax": 0.3, "sigmoid": 0.07}
 class XMoeConfig(SoftmaxTopKConfig):
     """Options of X-MoE's router."""
 
+    beside_scores: ClassVar[frozenset[str]] = frozenset({"softmax", "weights_from"})
     type: Literal["x_moe"] = "x_moe"
     softmax: SoftmaxPlace = "before_top_k"
     """Where the softmax is, with weights_from: softmax. The default is the paper's g = softmax(s / tau)_k, for any k,

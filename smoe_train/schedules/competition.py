@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +13,8 @@ from smoe_train.config import StrictModel
 
 # Events are moved within windows of this many steps, so that a longer training never changes the steps before.
 WINDOW_STEPS = 1024
+# Share of the limit that coins may fill on average: beyond it, windows overflow and the last layers lose contests.
+FULLEST = 0.95
 
 
 class CompetitionConfig(StrictModel):
@@ -25,7 +28,7 @@ class CompetitionConfig(StrictModel):
     in its vision-language models)."""
     max_layers: int | None = Field(3, ge=1)
     """Most layers that compete in one step, which bounds its memory and time; what exceeds it moves to the nearest
-    step with room. null for no limit."""
+    earlier step with room, else to a later one. null for no limit."""
 
     def problems(self, num_layers: int, max_steps: int) -> list[tuple[str, str]]:
         """Returns (key, message) for settings under which contests that are promised are not held.
@@ -36,10 +39,12 @@ class CompetitionConfig(StrictModel):
         """
         found = []
         promised = self.flip_rate * num_layers
-        if self.max_layers is not None and promised > self.max_layers:
+        limit = self.max_layers
+        if limit is not None and limit < num_layers and promised > FULLEST * limit:
             message = (
-                f"{self.max_layers} is less than the {promised:g} contests a step that flip_rate {self.flip_rate:g} "
-                f"promises in {num_layers} layers, so the last layers would hold fewer; raise it, or use null"
+                f"{limit} leaves too little room for the {promised:g} contests a step that flip_rate "
+                f"{self.flip_rate:g} promises in {num_layers} layers, so the last layers would hold fewer; raise it "
+                f"to at least {math.ceil(promised / FULLEST)}, or use null"
             )
             found.append(("max_layers", message))
         if self.warmup_steps >= max_steps:

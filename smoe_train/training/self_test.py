@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,26 +26,34 @@ TASK = "task"
 Captured = dict[int, tuple[Tensor, Tensor, Context]]
 
 
+class GradientCheck(NamedTuple):
+    """What `check_gradients` found wrong, and the losses that were 0 and could not be judged."""
+
+    problems: list[str]
+    not_judged: list[str]
+
+
 def check_gradients(
     model: SmoeForCausalLM,
     batch: MicroBatch,
     curriculum: Curriculum,
     sum_over_ranks: Callable[[Tensor], Tensor] = same_on_one_rank,
-) -> list[str]:
+) -> GradientCheck:
     """Checks that every loss reaches the parameters it should, and of its own layer no others.
 
     Each MoE layer is run on the input that it has in a forward pass of the batch, alone, so that a loss cannot reach
-    anything but this layer: its router's losses and a weighted sum of its outputs in place of the task. A loss that is
-    exactly 0 is not at work in this pass and is not judged. Then the task loss of the whole model is checked.
+    anything but this layer: its router's losses and a weighted sum of its outputs in place of the task. The policy is
+    put into a state in which all its losses are at work (`Router.rehearsal`); one that is exactly 0 all the same, as
+    SimSMoE's with too few shared tokens, is not judged. Then the task loss of the whole model is checked.
     All ranks must call this. Nothing is changed, no random number is drawn.
 
     Args:
-        model: Before any engine has it, in fp32.
+        model: In any precision, inside an engine or not.
         batch: One micro-batch.
         curriculum: Where experts compete in some steps, such a step is checked too.
         sum_over_ranks: Adds a tensor up over the ranks.
     """
-    found: list[str] = []
+    found, idle = list[str](), set[str]()
     first = replace(curriculum.knobs(0), competing_layers=frozenset())
     passes = {"": first}
     if curriculum.competition is not None:
@@ -59,13 +67,12 @@ def check_gradients(
         for kind, knobs in passes.items():
             for layer, (x_TD, token_ids_T, context) in _layer_inputs(model, batch, knobs).items():
                 moe = model.moe_layers()[layer]
-                found += [
-                    f"layer {layer}{kind}: {message}"
-                    for message in _layer_problems(moe, x_TD, token_ids_T, context, sum_over_ranks)
-                ]
+                messages, not_judged = _layer_problems(moe, x_TD, token_ids_T, context, sum_over_ranks)
+                found += [f"layer {layer}{kind}: {message}" for message in messages]
+                idle |= {f"{name} in layer {layer}{kind}" for name in not_judged}
         found += _task_problems(model, batch, first)
     model.train(was_training)
-    return found
+    return GradientCheck(found, sorted(idle))
 
 
 def check_optimizer_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -167,8 +174,12 @@ def _layer_inputs(model: SmoeForCausalLM, batch: MicroBatch, knobs: Knobs) -> Ca
 
 def _layer_problems(
     moe: MoeLayer, x_TD: Tensor, token_ids_T: Tensor, context: Context, sum_over_ranks: Callable[[Tensor], Tensor]
-) -> list[str]:
-    merged = moe(x_TD.detach(), token_ids_T, context)
+) -> tuple[list[str], list[str]]:
+    x_TD = x_TD.detach()
+    with torch.no_grad():
+        stats = {name: sum_over_ranks(value) for name, value in sorted(moe(x_TD, token_ids_T, context).stats.items())}
+    with moe.router.rehearsal(stats):
+        merged = moe(x_TD, token_ids_T, context)
     weights = torch.linspace(-1.0, 1.0, merged.out_TD.numel(), device=x_TD.device).view_as(merged.out_TD)
     losses = {TASK: (merged.out_TD.float() * weights).sum(), **merged.losses}
     declared = moe.router.trained_by(context)
@@ -176,6 +187,8 @@ def _layer_problems(
     own = {name: p for name, p in moe.router.named_parameters() if p.requires_grad}
     experts = dict(moe.bank.experts.named_parameters())
     found = [f"{name} is declared by the router but was not returned" for name in declared if name not in losses]
+    idle: list[str] = []
+    chooses = moe.router.shape.num_experts > 1  # with one expert there is nothing to learn
     for name, loss in losses.items():
         if not loss.requires_grad:
             if declared.get(name) or name == TASK:
@@ -190,10 +203,12 @@ def _layer_problems(
         missing += [f"the experts' {one}" for one in experts if name in reaching and not reached[one]]
         astray = [one for one in own if one not in declared.get(name, ()) and reached[one]]
         astray += [f"the experts' {one}" for one in experts if name not in reaching and reached[one]]
-        if at_work:
+        if at_work and chooses:
             found += [f"{name} does not reach {one}, which it should train" for one in missing]
+        elif missing:
+            idle.append(name)
         found += [f"{name} reaches {one}, which it should not train" for one in astray]
-    return found
+    return found, idle
 
 
 def _task_problems(model: SmoeForCausalLM, batch: MicroBatch, knobs: Knobs) -> list[str]:

@@ -61,6 +61,7 @@ class Trainer:
         stop: Whether the run was asked to stop.
         state: Where training stands.
         rehearsal: Whether to stop after the first step, which is written nowhere: for the self-test alone.
+        not_judged: Losses that were 0 in the self-test.
     """
 
     config: TrainingConfig
@@ -86,6 +87,7 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     state: TrainState = field(default_factory=TrainState)
     rehearsal: bool = False
+    not_judged: list[str] = field(default_factory=list)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
@@ -165,9 +167,9 @@ class Trainer:
     def _self_test(self) -> dict[str, tuple[range, Tensor]]:
         """Checks what each loss trains; returns the experts' fingerprints for the check after the first step."""
         batch = self.batches[0][0].to(self.process.device)
-        self_test.require(
-            self_test.check_gradients(self.model, batch, self.curriculum, self.process.sum), self.process.any
-        )
+        found = self_test.check_gradients(self.model, batch, self.curriculum, self.process.sum)
+        self_test.require(found.problems, self.process.any)
+        self.not_judged = found.not_judged
         return self_test.fingerprints(self.model, lambda parameter: self.engine.read_state(parameter)["weight"])
 
     def _require_expert_update(self, before: dict[str, tuple[range, Tensor]], stats: StatSums) -> None:
@@ -260,6 +262,7 @@ class Trainer:
             "expert_parallel_size": self.expert_parallel_size,
             "identity": self.identity,
             "score_key": self.score_key,
+            "threshold": self.curriculum.evaluation_knobs(self.state.step).threshold,
         }
         path = self.store.save(self.state.step, files, state, best)
         if self.journal is not None:

@@ -137,6 +137,20 @@ def test_golden_values():
     assert value.item() == pytest.approx(4 * (0.75 * 0.3625 + 0.25 * 0.425), abs=1e-6)
 
 
+@pytest.mark.parametrize(("balance_tokens", "expected"), [("top1_only", 1.26), ("all", 4 * 2.03 / 6)])
+def test_a6_which_tokens_f_counts(balance_tokens, expected):
+    """A6 where it shows: by hand f = (1, 0, 0, 1) / 2 over tokens with one expert, (3, 2, 0, 1) / 6 over all slots.
+
+    P = (.4, .3, .07, .23) over all tokens in both cases. First choices of all tokens would give 1.43, and P over the
+    tokens with one expert 1.5.
+    """
+    p = torch.tensor([[0.5, 0.45, 0.03, 0.02], [0.6, 0.3, 0.05, 0.05], [0.05, 0.05, 0.1, 0.8], [0.45, 0.4, 0.1, 0.05]])
+    router = transparent(balance_tokens=balance_tokens)
+    assignment = routed(router, p)
+    assert assignment.expert_ids_TK.tolist() == [[0, 1], [0, -1], [3, -1], [0, 1]]
+    assert router.losses(assignment, context())["load_balance_loss"].item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_golden_renormalised_gaps():
     gaps = gaps_to_best(GOLDEN.double().sort(1, descending=True).values, "top2_renormalised")[:, 1]
     assert gaps.tolist() == pytest.approx([0.05263, 0.33333, 0.0, 0.64706], abs=1e-5)

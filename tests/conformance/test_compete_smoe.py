@@ -17,7 +17,7 @@ from smoe_train.parallel.contest import winners_outputs
 from smoe_train.routing import EMPTY_SLOT, Assignment, Outcome, RouterPlan, RouterShape, router_config
 from smoe_train.routing.compete_smoe import COMPETITION_LOSSES, CompeteSmoeRouter, diversity_loss
 from smoe_train.routing.responses import RESPONSES, register_response
-from smoe_train.schedules import Knobs
+from smoe_train.schedules import CompetitionConfig, CompetitionSchedule, Curriculum, CurriculumConfig, Knobs
 
 COEFFICIENTS = {"router_distillation_loss": 40.0, "diversity_loss": 0.7, "competition_balance_loss": 0.3}
 MASK = [True, False, True, True, False, True]
@@ -27,6 +27,7 @@ VARIANTS = {
     "v1": {"preset": "v1"},
     "l2norm": {"response": "l2norm"},
     "relu_mean": {"response": "relu_mean", **SOFT},
+    "relu_mean shares": {"response": "relu_mean"},
     "silu_mean": {"response": "silu_mean", **SOFT},
     "sigmoid_mean": {"response": "sigmoid_mean"},
     "standardise": {"score_norm": "standardise", "temperature": 0.5},
@@ -224,6 +225,27 @@ def test_c1_all_experts_win(name):
     assert merged.stats["agreement/competing"] == 9
 
 
+ROOT = 2**0.5
+AT_K_EQUALS_N = [
+    ("softplus_mean", [1, 2], [0.278854, 0.483478]),  # of .693147, .813262, 1.410038
+    ("l2norm", [1, 2], [ROOT - 1, 2 - ROOT]),  # of 0, sqrt 2, 2
+    ("relu_mean", [1, 2], [1 / 3, 2 / 3]),  # of 0, 1/2, 1
+    ("sigmoid_mean", [1, 2], [0.295788, 0.408424]),  # of 1/2, 1/2, .690399
+]
+
+
+@pytest.mark.parametrize(("name", "ids", "weights"), AT_K_EQUALS_N)
+def test_c1_all_experts_win_by_their_shares(name, ids, weights):
+    """C1 with sum_norm, by hand: at K = N each expert's weight is its share of all responses, best first."""
+    settled, merged = contest_on(GOLDEN_OUTPUTS, top_k=3, response=name)
+    w = dict(zip(settled.expert_ids_TK[0].tolist(), settled.weights_TK[0].tolist(), strict=True))
+    assert sorted(w) == [0, 1, 2]
+    assert [w[i] for i in ids] == pytest.approx(weights, abs=1e-6)
+    assert w[0] == pytest.approx(1 - sum(weights), abs=1e-6)
+    # The outputs are (0, 0), (1, -1) and (2, 0).
+    assert merged.out_TD[0].tolist() == pytest.approx([weights[0] + 2 * weights[1], -weights[0]], abs=2e-6)
+
+
 @pytest.mark.parametrize("name", RESPONSES.names())
 def test_c2_response_functions(name):
     """C2: each response function against its formula; the package has those that the oracle has, and no others."""
@@ -373,6 +395,27 @@ def model_gradients(model, ids, knobs):
     return output.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+NEVER, LATE = CompetitionConfig(flip_rate=0.0), CompetitionConfig(flip_rate=1.0, max_layers=None, warmup_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("competition", "step", "is_top_k"), [(NEVER, 0, True), (NEVER, 9, True), (LATE, 4, True), (LATE, 5, False)]
+)
+def test_c6_without_a_contest_a_model_is_top_k_bit_for_bit(competition, step, is_top_k):
+    """C6 in a model, by the curriculum: with flip_rate 0 and in warm-up the loss and all gradients are those of top_k."""
+    knobs = Curriculum(CurriculumConfig(), 2, 100, 11, CompetitionSchedule(competition, 3, (0, 1))).knobs(step)
+    results = []
+    for name in ("top_k", "compete_smoe"):
+        model = small_model(router={"type": name, "init_std": 0.3}, z_loss_coefficient=0.01).train()
+        values = {parameter: value.detach().clone() for parameter, value in model.named_parameters()}
+        results.append((values, *model_gradients(model, text(), knobs)))
+    (plain_values, plain_loss, plain), (values, loss, ours) = results
+    assert values.keys() == ours.keys() == plain.keys()
+    assert all(torch.equal(values[parameter], value) for parameter, value in plain_values.items())
+    assert torch.equal(loss, plain_loss) == is_top_k
+    assert all(torch.equal(ours[parameter], gradient) for parameter, gradient in plain.items()) == is_top_k
+
+
 @pytest.mark.parametrize("chunk_tokens", [None, 7])
 @pytest.mark.parametrize("layers", [{0}, {0, 1}], ids=str)
 def test_c9_recomputed_activations_are_bit_identical(chunk_tokens, layers):
@@ -459,6 +502,35 @@ def test_c10_a_bf16_layer_competes_in_fp32():
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("name", [name for name in RESPONSES.names() if name != "l2norm"])
+def test_c10_winners_of_a_bf16_layer_are_those_of_fp32_scores(name):
+    """C10: the winners are those that a loop in fp32 finds in the layer's own bf16 outputs; bf16 scores find others."""
+    layer = small_outputs(case(response=name, **SOFT).layer("swiglu", d_ff=16), 0.05).bfloat16()
+    x, seen = tokens(200, scale=1.0).bfloat16(), []
+    contest = layer.router.contest(competing())
+
+    def respond_and_note(y_RD):
+        seen.append(y_RD.detach())
+        return contest.respond(y_RD)
+
+    outcome = layer._compete(x, dataclasses.replace(contest, respond=respond_and_note), None)
+    (y_RD,) = seen
+    assert y_RD.dtype == torch.bfloat16
+    formulas = {
+        "softplus_mean": lambda y: torch.log1p(torch.exp(y)),
+        "relu_mean": lambda y: y.clamp(min=0),
+        "silu_mean": lambda y: y * torch.sigmoid(y),
+        "sigmoid_mean": torch.sigmoid,
+    }
+
+    def winners(dtype):
+        scores_TE = formulas[name](y_RD.to(dtype)).mean(-1).view(NUM_EXPERTS, 200).t()
+        return scores_TE.sort(dim=1, descending=True, stable=True).indices[:, :2]
+
+    assert torch.equal(outcome.expert_ids_TK, winners(torch.float32))
+    assert not torch.equal(outcome.expert_ids_TK, winners(torch.bfloat16))
+
+
 def diversity(*rows):
     return diversity_loss(torch.tensor([rows], dtype=torch.float64), competing(len(rows))).item()
 
@@ -475,6 +547,18 @@ def test_c11_diversity():
     y = torch.zeros(1, 2, 2, dtype=torch.float64, requires_grad=True)
     diversity_loss(y, competing()).backward()
     assert y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("top_k", "released"), [(2, 0.5), (4, 0.75), (8, 0.875)])
+def test_c11_is_not_divided_by_k_squared(top_k, released):
+    """C11: the released code divides the sum over pairs by K^2, so that equal winners have (K - 1) / K; here they have 1."""
+    rows = [[0.3, -1.2, 2.0]] * top_k
+    pairs = top_k * (top_k - 1)  # each with cosine 1
+    assert pairs / top_k**2 == released
+    assert diversity(*rows) == pytest.approx(1.0, abs=1e-12)
+    # The notes' winners (2, 0) and (1, -1): cosine .707107, which K^2 makes .353553.
+    assert diversity([2.0, 0.0], [1.0, -1.0]) == pytest.approx(0.707107, abs=1e-6)
+    assert abs(diversity([2.0, 0.0], [1.0, -1.0]) - 0.353553) > 0.3
 
 
 def test_a_router_learns_who_wins():

@@ -108,6 +108,30 @@ def test_at_equal_scale_hyper_router_and_the_control_start_alike(std, entropy, l
     assert generated[0] == pytest.approx(control[0], rel=0.03)
 
 
+# Section 1.3 of the notes, as released: deviations of weights and logits, entropy over 16 experts, largest probability.
+RELEASED = [
+    (HyperRouterConfig(), (0.072, 1.15, 2.25, 0.28)),
+    (HyperRouterConfig(hyper_hidden=64), (0.035, 0.55, 2.63, 0.15)),
+    (SmoeDropoutConfig(), (0.020, 0.32, 2.73, 0.11)),
+    (RandomRouterConfig(router_std=0.02), (0.020, 0.32, 2.73, 0.11)),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), RELEASED, ids=["hyper 256", "hyper 64", "frozen", "random"])
+def test_released_initialisations_start_as_the_notes_say(options, expected):
+    """Invariant 17, table 1.3: d_model 256, unit-variance tokens, no rescaling; means over 24 seeds."""
+    x, rows = tokens(200, scale=1.0, d_model=256), []
+    for seed in range(24):
+        router = first(options, seed, 256, 16)
+        logits = assign(router, x, context()).logits_TE.detach()
+        p = torch.softmax(logits, dim=1)
+        squares = router.weight_and_bias()[0].square().mean(), logits.square().mean()
+        rows.append([float(one.detach()) for one in (*squares, -(p * p.log()).sum(1).mean(), p.amax(1).mean())])
+    weight, logit, entropy, largest = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+    assert (math.sqrt(weight), math.sqrt(logit), largest) == pytest.approx((*expected[:2], expected[3]), rel=0.06)
+    assert entropy == pytest.approx(expected[2], rel=0.015)
+
+
 def test_the_default_scale_is_that_of_the_released_hyper_router():
     """Invariant 17: 0.02^2 sqrt(256 * 256 / 2) = 0.0724 for d_model 256, and what is drawn by default agrees."""
     assert RandomRouterConfig().router_std == pytest.approx(0.02**2 * math.sqrt(256 * 256 / 2), rel=0.01)

@@ -517,8 +517,8 @@ def test_winners_of_a_contest_are_counted_and_compared(base):
     assert all(g is None or (g == 0).all() for name, g in found.items() if name.startswith("router.base."))
 
 
-def plan(*top_k_values, num_experts=8):
-    return RouterPlan(frozenset(top_k_values), num_experts, 100)
+def plan(*top_k_values, num_experts=8, max_steps=100):
+    return RouterPlan(frozenset(top_k_values), num_experts, max_steps)
 
 
 def test_impossible_and_idle_settings_are_named():
@@ -529,6 +529,19 @@ def test_impossible_and_idle_settings_are_named():
     assert SimSmoeConfig(base=switch).problems(plan(1, 2)) == []
     assert "base: " in SimSmoeConfig(probe_second_expert=True).problems(plan(1))[0]
     assert "k is never 1" in SimSmoeConfig(probe_second_expert=True).problems(plan(2))[0]
+    choice = {"type": "expert_choice", "allow_future_leak": True}
+    sigmoid = {"type": "sigmoid", "normalise": False}
+    for base in (choice, sigmoid):
+        assert "second choice" in SimSmoeConfig(base=base, probe_second_expert=True).problems(plan(1))[0]
+    assert SimSmoeConfig(base=choice).problems(plan(1)) == []
+    for base, top_k in ((sigmoid, 1), ({"type": "adaptive", "threshold": -0.5}, 2)):
+        assert "these options of base" in SimSmoeConfig(base=base).problems(plan(top_k))[0]
+    for option in ("max_tokens", "candidate_tokens"):
+        few = SimSmoeConfig(similarity="cka_rbf", **{option: 15}).problems(plan(2))
+        assert "nothing is measured" in few[0]
+    assert SimSmoeConfig(similarity="cka_rbf", max_tokens=16).problems(plan(2)) == []
+    assert "no pair is ever checked" in SimSmoeConfig().problems(plan(2, max_steps=17))[0]
+    assert SimSmoeConfig().problems(plan(2, max_steps=18)) == []
     assert "num_experts 1" in SimSmoeConfig().problems(plan(2, num_experts=1))[0]
     assert "threshold" in SimSmoeConfig(threshold=1.1).problems(plan(2))[0]
     assert "projection_dim" in SimSmoeConfig(projection="none", projection_dim=3).problems(plan(2))[0]

@@ -31,10 +31,53 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
+ADAPTIVE = {"type": "adaptive", "threshold": 0.15, "base": {"type": "top_k", "init_std": 0.3}}
+CONTEST = {
+    "type": "compete_smoe",
+    "score_norm": "standardise",
+    "router_coefficient": 1.0,
+    "diversity_coefficient": 0.3,
+    "competition_balance_coefficient": 0.3,
+}
+SOMETIMES = {"competition": {"flip_rate": 0.3, "max_layers": 1}}
+
+
+def separating(base: dict[str, Any]) -> dict[str, Any]:
+    """SimSMoE over a policy: every measured pair fires, from the second step on."""
+    options = {"similarity_coefficient": 0.05, "frequency": 8, "frequency_unit": "tokens", "threshold": 0.0}
+    return {"type": "sim_smoe", "min_tokens": 8, "max_pairs": 3, **options, "base": base}
+
+
+# A policy over another one, and losses that have to be at work in some step for the comparison to mean something.
+COMBINATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "adaptive over compete_smoe": (
+        {"router": {**ADAPTIVE, "base": CONTEST}, "curriculum": SOMETIMES},
+        ("load_balance_loss", "diversity_loss", "router_distillation_loss", "competition_balance_loss"),
+    ),
+    "sim_smoe over adaptive": ({"router": separating(ADAPTIVE)}, ("similarity_loss", "load_balance_loss")),
+    "sim_smoe over compete_smoe": (
+        {"router": separating(CONTEST), "curriculum": SOMETIMES},
+        ("similarity_loss", "diversity_loss", "router_distillation_loss", "load_balance_loss"),
+    ),
+    "sim_smoe over stable_moe": (
+        {"router": separating({"type": "stable_moe", "stage_1_steps": 2}), "z_loss_coefficient": 0.0},
+        ("similarity_loss", "stable_balance_loss", "distillation_loss"),
+    ),
+    "sim_smoe over sigmoid": (
+        {"router": separating({"type": "sigmoid", "bias_update_rate": 0.05}), "z_loss_coefficient": 0.0},
+        ("similarity_loss", "load_balance_loss"),
+    ),
+}
+every_combination = pytest.mark.parametrize("policy", COMBINATIONS)
+
 
 def sections(policy: str) -> dict[str, Any]:
     """The recipe's sections for a policy."""
-    moe = {"z_loss_coefficient": 0.01, "load_balance_coefficient": 0.3, **POLICIES[policy]}
+    moe = {"z_loss_coefficient": 0.01, "load_balance_coefficient": 0.3}
+    if policy in COMBINATIONS:
+        moe |= {"num_experts": 4, **COMBINATIONS[policy][0]}
+    else:
+        moe |= POLICIES[policy]
     curriculum = {"curriculum": moe.pop("curriculum")} if "curriculum" in moe else {}
     return {"model": {"moe": moe}, **curriculum}
 
@@ -94,3 +137,30 @@ def test_what_is_frozen_stays_and_what_is_trained_moves(text: Path, reference: A
         if ".router." in name:
             frozen = ".hypernet." in name or POLICIES[policy]["router"]["type"] in ("smoe_dropout", "random")
             assert torch.equal(value, sooner[name]) == frozen, name
+
+
+@every_combination
+def test_every_loss_of_a_combination_is_at_work(reference: Any, policy: str) -> None:
+    """What is compared below is not 0; where experts compete in some steps, they do not in others."""
+    losses = reference(policy)["losses"]
+    for name in COMBINATIONS[policy][1]:
+        assert any(abs(step[name]) > 1e-3 for step in losses), name
+    if "diversity_loss" in losses[0]:
+        assert any(step["diversity_loss"] == 0.0 for step in losses)
+
+
+@pytest.mark.parametrize(
+    ("policy", "size"), [*((name, 2) for name in COMBINATIONS), ("adaptive over compete_smoe", 4)], ids=str
+)
+def test_combinations_at_any_expert_parallelism(text: Path, reference: Any, policy: str, size: int) -> None:
+    """E7: a policy over another has the losses, weights and counters of one process."""
+    recipe = recipe_for(text, size, {"expert_parallel_size": size}, **sections(policy))
+    assert_equal_runs(run_ranks(size, train, recipe), reference(policy), 1e-5)
+
+
+@every_combination
+def test_micro_batches_of_combinations_are_one_batch(text: Path, reference: Any, policy: str) -> None:
+    """Four micro-batches: every loss that is a function of sums asks for the step's sums, whichever policy has it."""
+    recipe = recipe_for(text, 1, {"engine": "local"}, training={"micro_batch_size": 2}, **sections(policy))
+    assert recipe.training.router_statistics == "step"
+    assert_equal_runs([train(recipe)], reference(policy), 1e-5)

@@ -112,6 +112,27 @@ CASES = [
     ),
     ("into stage 2", 2, {"expert_parallel_size": 2}, router(type="stable_moe", stage_1_steps=5)),
     ("in stage 2", 2, {"expert_parallel_size": 2, "precision": "bf16"}, router(type="stable_moe", stage_1_steps=3)),
+    (
+        "SimSMoE over adaptive gating, whose counted gaps are a buffer too",
+        2,
+        {"expert_parallel_size": 2},
+        {
+            "model": {
+                "moe": {
+                    "num_experts": 4,
+                    "router": {
+                        "type": "sim_smoe",
+                        "similarity_coefficient": 0.5,
+                        "frequency": 20,
+                        "frequency_unit": "tokens",
+                        "threshold": 0.0,
+                        "min_tokens": 4,
+                        "base": {"type": "adaptive", "target_top2_share": 0.5, "base": {"type": "top_k"}},
+                    },
+                }
+            }
+        },
+    ),
     ("balancing bias", 2, {"expert_parallel_size": 2, "precision": "bf16"}, router(type="sigmoid")),
 ]
 

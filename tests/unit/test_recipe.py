@@ -240,7 +240,7 @@ CONTRADICTIONS = [
         None,
         {"curriculum": {"threshold": {"first": 0.1, "last": 0.2}}},
         "curriculum.threshold",
-        "router top_k has no threshold",
+        "router top_k with these options has no threshold",
     ),
     (None, {"curriculum": {"competition": {}}}, "curriculum.competition", "router top_k has no contest"),
     (
@@ -250,7 +250,7 @@ CONTRADICTIONS = [
             "curriculum": {"competition": {"flip_rate": 1.0}},
         },
         "curriculum.competition.max_layers",
-        "3 is less than the 4 contests a step",
+        "3 leaves too little room for the 4 contests a step",
     ),
     (
         None,
@@ -295,7 +295,40 @@ CONTRADICTIONS = [
         None,
         {"curriculum": {"order": {}}},
         "curriculum.order",
-        "has no effect: router top_k gives every token the same number of experts",
+        "has no effect: router top_k with these options gives all tokens as many experts",
+    ),
+    *(
+        (
+            None,
+            {"model": moe(router={"type": "adaptive", "threshold": threshold}), "curriculum": {"order": {}}},
+            "curriculum.order",
+            "gives all tokens as many experts",
+        )
+        for threshold in (-0.1, 1.0)
+    ),
+    (
+        None,
+        {"model": moe(router={"type": "adaptive", "base": {"type": "compete_smoe"}}), "curriculum": {"order": {}}},
+        "curriculum.order",
+        "a contest gives all tokens k experts",
+    ),
+    *(
+        (
+            None,
+            {"model": moe(router={"type": "adaptive"}), "curriculum": {"threshold": {"first": first, "last": last}}},
+            "curriculum.threshold",
+            text,
+        )
+        for first, last, text in (
+            (30.0, 10.0, "lies between -1 and 1"),
+            (-0.5, -0.1, "no token ever has a second expert"),
+        )
+    ),
+    (
+        None,
+        {"model": moe(num_experts=8, router={"type": "sim_smoe"}), "training": {"max_steps": 17}},
+        "model.moe.router",
+        "no pair is ever checked",
     ),
     (
         None,
@@ -348,6 +381,22 @@ def test_a_curriculum_that_has_an_effect_is_accepted():
     assert problems(model=adaptive, curriculum={"threshold": first_and_last, "order": order}) == {}
     over_adaptive = moe(router={"type": "sim_smoe", "base": {"type": "adaptive"}})
     assert "curriculum.order" not in problems(model=over_adaptive, curriculum={"order": {}})
+
+
+def test_a_threshold_reaches_adaptive_gating_below_another_policy():
+    """SimSMoE over adaptive gating has the threshold of its base, unless that follows from a share of tokens."""
+    schedule = {"threshold": {"first": 0.5, "last": 0.1}}
+    for base, has_threshold, varies in (
+        ({"type": "adaptive"}, True, True),
+        ({"type": "adaptive", "target_top2_share": 0.3}, False, True),
+        ({"type": "top_k"}, False, False),
+    ):
+        router = {"type": "sim_smoe", "base": base}
+        options = recipe(model=moe(router=router)).model.moe.router
+        assert (options.has_threshold(), options.varies_experts()) == (has_threshold, varies)
+        found = problems(model=moe(router=router), curriculum=schedule)
+        assert list(found) == ([] if has_threshold else ["curriculum.threshold"])
+        assert has_threshold or "router sim_smoe has no threshold" in found["curriculum.threshold"]
 
 
 def test_an_order_of_samples_can_neither_be_added_to_a_run_nor_taken_away():

@@ -66,7 +66,7 @@ def test_routers():
         assert entry["summary"]
         assert "arXiv" in entry["paper"]
         assert all(option["description"] for option in entry["options"].values())
-    assert listed["sim_smoe"]["options"]["base"]["default"]["type"] == "top_k"
+    assert listed["sim_smoe"]["options"]["base"]["default"] == {"type": "top_k"}
 
 
 def test_routers_have_a_line_each_and_one_shows_its_options():

@@ -196,6 +196,20 @@ def test_knobs_choose_k_and_the_configured_k_is_the_default():
         assert slots.sum() == k * 22
 
 
+def test_a_threshold_reaches_adaptive_gating_below_another_policy():
+    """As the curriculum sets it: below 0 one expert for every token, at 1 two, in between some of both."""
+    adaptive = {"type": "adaptive", "threshold": 0.15, "base": {"type": "top_k", "init_std": 0.3}}
+    model = small_model(router={"type": "sim_smoe", "base": adaptive}).train()
+    visited = {}
+    for threshold in (None, -1.0, 0.15, 1.0):
+        counts = model(text(), knobs=Knobs(0, 2, threshold=threshold)).experts_of_token
+        visited[threshold] = torch.stack([counts[0], counts[1]])
+    assert (visited[-1.0] == 1).all()
+    assert (visited[1.0] == 2).all()
+    assert set(visited[0.15].unique().tolist()) == {1, 2}
+    assert torch.equal(visited[None], visited[0.15])
+
+
 def test_sample_index_keys_the_jitter():
     """A sample's noise depends on its place in the global batch, not on the micro-batch that holds it."""
     model = small_model(router={"type": "top_k", "jitter": 0.5, "init_std": 0.3}).train()

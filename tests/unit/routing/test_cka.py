@@ -138,6 +138,31 @@ def test_the_debiased_estimate_of_independence_is_zero(kind, n):
     assert debiased + 0.05 < more < biased
 
 
+@pytest.mark.parametrize(("n", "biased"), [(8, 0.66), (16, 0.52), (32, 0.34), (64, 0.21)])
+def test_independent_outputs_by_their_number_of_tokens(n, biased):
+    """S4: the notes' figures for a linear kernel and width 16, means over 60 draws."""
+    pairs = [(normal(n, 16, seed), normal(n, 16, seed + 1000)) for seed in range(60)]
+    assert sum(value(x, y) for x, y in pairs) / 60 == pytest.approx(biased, abs=0.04)
+    debiased = sum(value(x, y, estimator="debiased") for x, y in pairs) / 60
+    assert abs(debiased) <= (0.1 if n < 16 else 0.04)
+
+
+ABSOLUTE = [(0.05, 0.03, 0.006), (0.2, 0.08, 0.006), (0.3, 0.21, 0.01), (0.5, 0.84, 0.02), (1.0, 0.9999, 1e-4)]
+
+
+def test_an_absolute_width_of_0_8_by_the_scale_of_the_outputs():
+    """S2: the notes' figures for independent outputs, n = 512, width 16; at deviation 1 nothing is left to learn from."""
+    norms = {}
+    for std, expected, tolerance in (*ABSOLUTE, (2.0, 1.0, 1e-9)):
+        x, y = normal(512, 16, 0, std), normal(512, 16, 50, std).requires_grad_()
+        cka = similarity(x, y, "rbf absolute").value_P.sum()
+        assert cka.item() == pytest.approx(expected, abs=tolerance), std
+        norms[std] = float(torch.autograd.grad(cka, [y])[0].norm())
+    assert 1e-5 < norms[1.0] < 1e-3  # the notes: 3e-5
+    assert norms[0.05] > 100 * norms[1.0]
+    assert norms[2.0] < 1e-8  # 5e-14 there
+
+
 def test_the_biased_estimate_would_fire_on_noise():
     """S4: at 12 tokens of width 16 independent outputs exceed the threshold of 0.5 when biased, never when debiased."""
     pairs = [(normal(12, 16, seed), normal(12, 16, seed + 1000)) for seed in range(40)]

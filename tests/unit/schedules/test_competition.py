@@ -67,6 +67,59 @@ def test_c8_limit(max_layers):
     assert counts.max() == max_layers
 
 
+def highest_accepted_rate(layers, max_layers):
+    """The highest rate, in ten-thousandths, that a recipe may ask for."""
+    accepted = (
+        rate / 10_000
+        for rate in range(10_000, 0, -1)
+        if not CompetitionConfig(flip_rate=rate / 10_000, max_layers=max_layers).problems(layers, STEPS)
+    )
+    return next(accepted)
+
+
+# (layers, limit, least share of its rate that a layer gets where that is less than chance explains). With a limit of
+# half of the layers or more the last layer finds steps with room in which it competes already, and loses some events.
+FULL = [
+    (16, 3, 0.93),
+    (16, 6, 0.93),
+    (8, 2, 0.93),
+    (4, 1, 0.93),
+    (2, 1, 0.93),
+    (8, 4, 0.90),
+    (4, 3, 0.85),
+    (8, 6, 0.80),
+]
+
+
+@pytest.mark.parametrize(("layers", "max_layers", "share"), FULL)
+def test_c8_each_layer_near_the_limit(layers, max_layers, share):
+    """C8: as full as a recipe may ask for, every layer competes as often as its coin promises, or nearly so."""
+    rate = highest_accepted_rate(layers, max_layers)
+    assert rate > 0.85 * max_layers / layers
+    events = table(schedule(layers=tuple(range(layers)), flip_rate=rate, max_layers=max_layers), STEPS)
+    assert events.sum(axis=1).max() <= max_layers
+    for count in events.sum(axis=0):
+        assert abs(z_score(count, STEPS, rate)) < 4 or share < count / (STEPS * rate) < 1.07
+
+
+@pytest.mark.parametrize(("layers", "max_layers"), [(16, 3), (4, 1), (8, 2)])
+@pytest.mark.parametrize("full", [0.4, 0.9])
+@pytest.mark.parametrize(("steps", "warmup"), [(60, 5), (200, 20)])
+def test_c8_short_runs(layers, max_layers, full, steps, warmup):
+    """C8: runs far shorter than a window, over 40 seeds: nothing in the warm-up, then the rate that is asked for.
+
+    Events move to earlier steps, so a run has a few per cent more than its share, never fewer than chance explains.
+    """
+    rate = full * max_layers / layers
+    options = {"flip_rate": rate, "max_layers": max_layers, "warmup_steps": warmup}
+    runs = [table(schedule(seed, tuple(range(layers)), **options), steps) for seed in range(40)]
+    assert not any(run[:warmup].any() for run in runs)
+    after = np.concatenate([run[warmup:] for run in runs])
+    assert after.sum(axis=1).max() == max_layers
+    assert -4 < z_score(after.sum(), after.size, rate)
+    assert after.mean() < 1.1 * rate
+
+
 def test_a_limit_of_all_layers_is_no_limit():
     assert (
         table(schedule(flip_rate=0.5, max_layers=16), 500) == table(schedule(flip_rate=0.5, max_layers=None), 500)
