@@ -186,10 +186,8 @@ def rows_of_experts(router):
         core = core.base
     named = {**dict(core.named_parameters()), **dict(core.named_buffers())}
     rows = [named[name] for name in EXPERT_ROWS if name in named]
-    for name in ("hypernet.output_weight", "hypernet.output_bias"):
-        if name in named:
-            rows.append(named[name].view(NUM_EXPERTS, -1, *named[name].shape[1:]))
-    return rows
+    generating = [named[name] for name in ("hypernet.output_weight", "hypernet.output_bias") if name in named]
+    return rows + [tensor.view(NUM_EXPERTS, -1, *tensor.shape[1:]) for tensor in generating]
 
 
 def test_experts_can_be_permuted_in_every_policy():

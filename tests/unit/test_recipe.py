@@ -396,7 +396,7 @@ def test_a_threshold_reaches_adaptive_gating_below_another_policy():
         assert (options.has_threshold(), options.varies_experts()) == (has_threshold, varies)
         found = problems(model=moe(router=router), curriculum=schedule)
         assert list(found) == ([] if has_threshold else ["curriculum.threshold"])
-        assert has_threshold or "router sim_smoe has no threshold" in found["curriculum.threshold"]
+        assert has_threshold or "router sim_smoe with these options has no threshold" in found["curriculum.threshold"]
 
 
 def test_an_order_of_samples_can_neither_be_added_to_a_run_nor_taken_away():

@@ -64,7 +64,7 @@ def test_mistakes(run, arguments, message):
 @pytest.mark.parametrize("over", [None, "sim_smoe"])
 def test_a_router_that_looks_at_later_tokens_cannot_generate(text, tmp_path, over):
     router = {"type": "expert_choice", "allow_future_leak": True}
-    router = router if over is None else {"type": over, "base": router}
+    router = router if over is None else {"type": over, "base": router, "frequency_unit": "tokens"}
     recipe = write_recipe(tmp_path, text, training={"max_steps": 1}, model={"moe": {"router": router}})
     assert smoe_train("train", recipe, "--output-dir", tmp_path).code == 0
     found = smoe_train("generate", tmp_path / "tiny", "--prompt", "expert")

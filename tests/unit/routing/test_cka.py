@@ -151,7 +151,7 @@ ABSOLUTE = [(0.05, 0.03, 0.006), (0.2, 0.08, 0.006), (0.3, 0.21, 0.01), (0.5, 0.
 
 
 def test_an_absolute_width_of_0_8_by_the_scale_of_the_outputs():
-    """S2: the notes' figures for independent outputs, n = 512, width 16; at deviation 1 nothing is left to learn from."""
+    """S2: the notes' figures for independent outputs, n = 512, width 16; at deviation 1 there is no gradient left."""
     norms = {}
     for std, expected, tolerance in (*ABSOLUTE, (2.0, 1.0, 1e-9)):
         x, y = normal(512, 16, 0, std), normal(512, 16, 50, std).requires_grad_()
