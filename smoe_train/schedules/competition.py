@@ -14,7 +14,7 @@ from smoe_train.config import StrictModel
 # Events are moved within windows of this many steps, so that a longer training never changes the steps before.
 WINDOW_STEPS = 1024
 # Share of the limit that coins may fill on average: beyond it, windows overflow and the last layers lose contests.
-FULLEST = 0.95
+FULLEST = 0.9
 
 
 class CompetitionConfig(StrictModel):

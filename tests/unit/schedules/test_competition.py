@@ -77,29 +77,15 @@ def highest_accepted_rate(layers, max_layers):
     return next(accepted)
 
 
-# (layers, limit, least share of its rate that a layer gets where that is less than chance explains). With a limit of
-# half of the layers or more the last layer finds steps with room in which it competes already, and loses some events.
-FULL = [
-    (16, 3, 0.93),
-    (16, 6, 0.93),
-    (8, 2, 0.93),
-    (4, 1, 0.93),
-    (2, 1, 0.93),
-    (8, 4, 0.90),
-    (4, 3, 0.85),
-    (8, 6, 0.80),
-]
-
-
-@pytest.mark.parametrize(("layers", "max_layers", "share"), FULL)
-def test_c8_each_layer_near_the_limit(layers, max_layers, share):
+@pytest.mark.parametrize(("layers", "max_layers"), [(16, 3), (16, 6), (8, 2), (4, 1), (2, 1), (8, 4), (4, 3), (8, 6)])
+def test_c8_each_layer_near_the_limit(layers, max_layers):
     """C8: as full as a recipe may ask for, every layer competes as often as its coin promises, or nearly so."""
     rate = highest_accepted_rate(layers, max_layers)
     assert rate > 0.85 * max_layers / layers
     events = table(schedule(layers=tuple(range(layers)), flip_rate=rate, max_layers=max_layers), STEPS)
     assert events.sum(axis=1).max() <= max_layers
     for count in events.sum(axis=0):
-        assert abs(z_score(count, STEPS, rate)) < 4 or share < count / (STEPS * rate) < 1.07
+        assert abs(z_score(count, STEPS, rate)) < 4 or 0.93 < count / (STEPS * rate) < 1.07
 
 
 @pytest.mark.parametrize(("layers", "max_layers"), [(16, 3), (4, 1), (8, 2)])
@@ -116,7 +102,7 @@ def test_c8_short_runs(layers, max_layers, full, steps, warmup):
     assert not any(run[:warmup].any() for run in runs)
     after = np.concatenate([run[warmup:] for run in runs])
     assert after.sum(axis=1).max() == max_layers
-    assert -4 < z_score(after.sum(), after.size, rate)
+    assert z_score(after.sum(), after.size, rate) > -4
     assert after.mean() < 1.1 * rate
 
 
