@@ -11,17 +11,14 @@ expert parallelism adds or saves is not measured.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_moe import CLOCKS, prepare_environment
+from bench_moe import CLOCKS, prepare_environment, show_goals, write_result
 
 if TYPE_CHECKING:
     import torch
@@ -272,9 +269,7 @@ def show(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(*cells(row), f"{row['median_ms']:.0f}")
     console.print(table)
-    for name, item in result["goals"].items():
-        verdict = "reached" if item["value"] >= item["goal"] else "missed"
-        console.print(f"goal {name}: {item['value']:.2f} (at least {item['goal']:.2f}): {verdict}")
+    show_goals(result["goals"], console)
 
 
 def main() -> int:
@@ -283,9 +278,7 @@ def main() -> int:
     prepare_environment(options.threads)
     result = run(options)
     show(result)
-    target = os.environ.get("BENCH_JSON")
-    if target:
-        Path(target).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result)
     return 0
 
 

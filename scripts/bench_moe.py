@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from torch import Tensor, nn
 
 DENSE, OURS, LOOP, DEEPSPEED = "dense", "smoe_train", "module_list_loop", "deepspeed_dropless"
@@ -277,9 +278,21 @@ def show(result: dict[str, Any]) -> None:
         cells = (f"{row['median_ms']:.1f}", f"{row['spread']:.0%}", f"{row['speed_of_dense']:.2f}")
         table.add_row(row["layer"], row["precision"], *cells)
     console.print(table)
-    for name, item in result["goals"].items():
+    show_goals(result["goals"], console)
+
+
+def show_goals(goals: dict[str, dict[str, float]], console: Console) -> None:
+    """Prints for each goal what was reached."""
+    for name, item in goals.items():
         verdict = "reached" if item["value"] >= item["goal"] else "missed"
         console.print(f"goal {name}: {item['value']:.2f} (at least {item['goal']:.2f}): {verdict}")
+
+
+def write_result(result: dict[str, Any]) -> None:
+    """Writes the file that BENCH_JSON names, if it does."""
+    target = os.environ.get("BENCH_JSON")
+    if target:
+        Path(target).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -288,9 +301,7 @@ def main() -> int:
     prepare_environment(options.threads)
     result = run(options)
     show(result)
-    target = os.environ.get("BENCH_JSON")
-    if target:
-        Path(target).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result)
     return 0
 
 

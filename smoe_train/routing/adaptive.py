@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from smoe_train.routing.contract import (
     EMPTY_SLOT,
     Assignment,
-    Contest,
     Context,
     Draw,
     Merged,
-    Outcome,
     RouterConfig,
     RouterPlan,
     RouterShape,
 )
-from smoe_train.routing.registry import ROUTERS, register_router
+from smoe_train.routing.over_base import OverBaseConfig, RouterOverBase
+from smoe_train.routing.registry import register_router
 from smoe_train.routing.router import Router
 from smoe_train.routing.selection import combination_weights, select_top_k, without_padding
 from smoe_train.routing.softmax_top_k import SoftmaxTopKConfig, SoftmaxTopKRouter
@@ -41,7 +39,7 @@ MEMORY_TENTHS = 9
 FRACTION_BITS = 20
 
 
-class AdaptiveConfig(RouterConfig):
+class AdaptiveConfig(OverBaseConfig):
     """Options of adaptive gating."""
 
     type: Literal["adaptive"] = "adaptive"
@@ -86,10 +84,6 @@ class AdaptiveConfig(RouterConfig):
         rest = self.base.model_copy(update={"softmax": "before_top_k"}).problems(plan)
         return found + [f"base: {problem}" for problem in rest]
 
-    def loss_coefficients(self) -> dict[str, float]:
-        """Those of the base."""
-        return self.base.loss_coefficients()
-
     def has_threshold(self) -> bool:
         """Unless the threshold follows from a target share."""
         return self.target_top2_share is None
@@ -102,16 +96,12 @@ class AdaptiveConfig(RouterConfig):
         """One where the threshold, if no schedule sets it, allows no second."""
         return 1 if self._never_two() else top_k
 
-    def competes(self) -> bool:
-        """Returns whether the base does."""
-        return self.base.competes()
-
     def _never_two(self) -> bool:
         return self.threshold < 0.0 and self.target_top2_share is None
 
 
 @register_router("adaptive", AdaptiveConfig)
-class AdaptiveRouter(Router):
+class AdaptiveRouter(RouterOverBase):
     """Sends a token to its best expert, and to the next best ones while they are nearly as probable.
 
     With probabilities ``p = softmax(s)`` of a base router's scores, sorted ``p_(1) >= p_(2) >= ...``, slot j <= k is
@@ -139,33 +129,11 @@ class AdaptiveRouter(Router):
     config: AdaptiveConfig
     gap_counts_N: Tensor
 
-    def __init__(self, config: AdaptiveConfig, shape: RouterShape, base: SoftmaxTopKRouter) -> None:
-        super().__init__(config, shape)
-        self.base = base
-        self.looks_back_tokens = base.looks_back_tokens
-        self._rehearsing = False
+    def __init__(self, config: AdaptiveConfig, shape: RouterShape, base: Router) -> None:
+        super().__init__(config, shape, base)
         if config.target_top2_share is not None:
             # Integers with a binary fraction: a cast of the model to bf16 leaves them alone.
             self.register_buffer("gap_counts_N", torch.zeros(GAP_BINS, dtype=torch.int64))
-
-    @classmethod
-    def build(cls, config: RouterConfig, shape: RouterShape, num_layers: int) -> list[Router]:
-        """Returns one router a layer, over the bases that the base's own policy builds."""
-        assert isinstance(config, AdaptiveConfig)
-        bases = ROUTERS.get(config.base.type).router.build(config.base, shape, num_layers)
-        return [cls(config, shape, cast(SoftmaxTopKRouter, base)) for base in bases]
-
-    @classmethod
-    def losses_of(cls, config: RouterConfig) -> frozenset[str]:
-        """Those of the base."""
-        assert isinstance(config, AdaptiveConfig)
-        return ROUTERS.get(config.base.type).router.losses_of(config.base)
-
-    @classmethod
-    def batch_losses_of(cls, config: RouterConfig) -> frozenset[str]:
-        """Those of the base."""
-        assert isinstance(config, AdaptiveConfig)
-        return ROUTERS.get(config.base.type).router.batch_losses_of(config.base)
 
     def initialise(self, draw: Draw) -> None:
         """The base's initial values, bit for bit those that it has without adaptive gating; no gap counted yet."""
@@ -188,7 +156,7 @@ class AdaptiveRouter(Router):
             if fixed_k is None:
                 gaps_TK = gaps_to_best(p_TK.detach(), config.gap)
                 # In rehearsal half of the tokens have one expert, so that the losses of both kinds are at work.
-                used_TK = gaps_TK <= (gaps_TK[:, -1].median() if self._rehearsing else self.threshold(context))
+                used_TK = gaps_TK <= (gaps_TK[:, -1].median() if self.rehearsing else self.threshold(context))
                 used_TK[:, :1] = True
             if config.weights == "raw":
                 weights_TK = torch.where(used_TK, p_TK, torch.zeros((), dtype=p_TK.dtype, device=p_TK.device))
@@ -198,14 +166,6 @@ class AdaptiveRouter(Router):
         expert_ids_TK = torch.where(used_TK, ids_TK, EMPTY_SLOT)
         expert_ids_TK, weights_TK = without_padding(expert_ids_TK, weights_TK, context.token_mask_T)
         return replace(of_base, expert_ids_TK=expert_ids_TK, weights_TK=weights_TK)
-
-    def contest(self, context: Context) -> Contest | None:
-        """The base's: where experts compete, every token has k winners."""
-        return self.base.contest(context)
-
-    def settle(self, assignment: Assignment, outcome: Outcome, context: Context) -> Assignment:
-        """As the base."""
-        return self.base.settle(assignment, outcome, context)
 
     def threshold(self, context: Context) -> Tensor | float:
         """Returns the threshold of this pass: scheduled, from the counted gaps, or the option."""
@@ -242,33 +202,6 @@ class AdaptiveRouter(Router):
                 gap_T = gaps_to_best(p_T2, self.config.gap)[:, 1]
                 stats["gap_counts_N"] = count_gaps(gap_T, context.token_mask_T)
         return replace(merged, stats=stats)
-
-    def trained_by(self, context: Context) -> dict[str, frozenset[str]]:
-        """As the base; a token with one renormalised weight has no part in ``task``."""
-        trained = self.base.trained_by(context)
-        return {loss: frozenset(f"base.{name}" for name in names) for loss, names in trained.items()}
-
-    def losses_reaching_experts(self, context: Context) -> frozenset[str]:
-        """As the base."""
-        return self.base.losses_reaching_experts(context)
-
-    @contextmanager
-    def rehearsal(self, stats: Mapping[str, Tensor]) -> Iterator[None]:
-        """Gives half of the tokens one expert: the load-balance loss is 0 while none has."""
-        self._rehearsing = True
-        try:
-            with self.base.rehearsal(stats):
-                yield
-        finally:
-            self._rehearsing = False
-
-    def late_frozen(self) -> list[nn.Parameter]:
-        """Those of the base."""
-        return self.base.late_frozen()
-
-    def frozen(self, step: int) -> bool:
-        """As the base."""
-        return self.base.frozen(step)
 
     def adapts(self) -> bool:
         """Only with a target share, or if the base does."""

@@ -17,7 +17,6 @@ from smoe_train.routing.cka import LEAST_TOKENS, Estimator, SigmaMode, Similarit
 from smoe_train.routing.contract import (
     EMPTY_SLOT,
     Assignment,
-    Contest,
     Context,
     Draw,
     Merged,
@@ -27,6 +26,7 @@ from smoe_train.routing.contract import (
     RouterShape,
 )
 from smoe_train.routing.expert_pairs import co_routed_tokens, outputs_of_pairs, shared_sample
+from smoe_train.routing.over_base import OverBaseConfig, RouterOverBase
 from smoe_train.routing.registry import ROUTERS, register_router
 from smoe_train.routing.router import Router
 from smoe_train.routing.selection import router_dtype, select_top_k
@@ -40,7 +40,7 @@ NO_EXPERT = -1
 RBF_ONLY = ("sigma", "sigma_mode", "max_tokens", "candidate_tokens")
 
 
-class SimSmoeConfig(RouterConfig):
+class SimSmoeConfig(OverBaseConfig):
     """Options of SimSMoE."""
 
     type: Literal["sim_smoe"] = "sim_smoe"
@@ -119,19 +119,7 @@ class SimSmoeConfig(RouterConfig):
 
     def loss_coefficients(self) -> dict[str, float]:
         """Returns the base's coefficients and that of the similarity loss."""
-        return {**self.base.loss_coefficients(), LOSS: self.similarity_coefficient}
-
-    def competes(self) -> bool:
-        """Returns whether the base does."""
-        return self.base.competes()
-
-    def has_threshold(self) -> bool:
-        """Returns whether the base does."""
-        return self.base.has_threshold()
-
-    def varies_experts(self) -> bool:
-        """Returns whether the base does."""
-        return self.base.varies_experts()
+        return {**super().loss_coefficients(), LOSS: self.similarity_coefficient}
 
 
 class ProjectionHead(nn.Module):
@@ -168,7 +156,7 @@ class ProjectionHead(nn.Module):
 
 
 @register_router("sim_smoe", SimSmoeConfig)
-class SimSmoeRouter(Router):
+class SimSmoeRouter(RouterOverBase):
     """Watches which experts a base policy chooses together, and separates those whose outputs have become alike.
 
     In each step the tokens that two experts share are counted. A pair with more than ``frequency`` of them is checked
@@ -195,10 +183,7 @@ class SimSmoeRouter(Router):
     due_P2: Tensor
 
     def __init__(self, config: SimSmoeConfig, shape: RouterShape, base: Router) -> None:
-        super().__init__(config, shape)
-        self.base = base
-        self.looks_back_tokens = base.looks_back_tokens
-        self._rehearsing = False
+        super().__init__(config, shape, base)
         self.head: ProjectionHead | None = None
         self.width = shape.d_model
         if config.projection != "none":
@@ -211,25 +196,6 @@ class SimSmoeRouter(Router):
         # Tokens that two experts shared since the pair's last check, above the diagonal; integers, as bf16 runs round.
         self.register_buffer("co_routed_EE", torch.zeros(num_experts, num_experts, dtype=torch.int64))
         self.register_buffer("due_P2", torch.full((num_pairs, 2), NO_EXPERT, dtype=torch.int64))
-
-    @classmethod
-    def build(cls, config: RouterConfig, shape: RouterShape, num_layers: int) -> list[Router]:
-        """Returns one router a layer, around those that the base policy builds."""
-        assert isinstance(config, SimSmoeConfig)
-        bases = ROUTERS.get(config.base.type).router.build(config.base, shape, num_layers)
-        return [cls(config, shape, base) for base in bases]
-
-    @classmethod
-    def losses_of(cls, config: RouterConfig) -> frozenset[str]:
-        """Returns the base's losses and the similarity loss."""
-        assert isinstance(config, SimSmoeConfig)
-        return ROUTERS.get(config.base.type).router.losses_of(config.base) | cls.loss_names
-
-    @classmethod
-    def batch_losses_of(cls, config: RouterConfig) -> frozenset[str]:
-        """Returns the base's and the similarity loss, whose CKA is that of the whole batch."""
-        assert isinstance(config, SimSmoeConfig)
-        return ROUTERS.get(config.base.type).router.batch_losses_of(config.base) | cls.batch_losses
 
     def initialise(self, draw: Draw) -> None:
         """The base as it would be alone, the head from N(0, 1 / fan-in), nothing counted and nothing due."""
@@ -255,13 +221,9 @@ class SimSmoeRouter(Router):
             weights_TK=F.pad(assignment.weights_TK, (0, 1)),
         )
 
-    def contest(self, context: Context) -> Contest | None:
-        """Returns the base's."""
-        return self.base.contest(context)
-
     def settle(self, assignment: Assignment, outcome: Outcome, context: Context) -> Assignment:
         """Returns the base's; there is nothing to probe where all experts have run."""
-        return self.base.settle(self._of_base(assignment, context), outcome, context)
+        return super().settle(self._of_base(assignment, context), outcome, context)
 
     def losses(self, assignment: Assignment, context: Context) -> dict[str, Tensor]:
         """Returns the base's losses."""
@@ -290,38 +252,24 @@ class SimSmoeRouter(Router):
 
     def trained_by(self, context: Context) -> dict[str, frozenset[str]]:
         """The base's own, and the head by the similarity loss."""
-        trained = {
-            loss: frozenset(f"base.{name}" for name in names) for loss, names in self.base.trained_by(context).items()
-        }
         head = [] if self.head is None else self.head.named_parameters()
-        return {**trained, LOSS: frozenset(f"head.{name}" for name, p in head if p.requires_grad)}
+        return {**super().trained_by(context), LOSS: frozenset(f"head.{name}" for name, p in head if p.requires_grad)}
 
     def losses_reaching_experts(self, context: Context) -> frozenset[str]:
         """The base's, and the similarity loss."""
-        return self.base.losses_reaching_experts(context) | {LOSS}
+        return super().losses_reaching_experts(context) | {LOSS}
 
     @contextmanager
     def rehearsal(self, stats: Mapping[str, Tensor]) -> Iterator[None]:
         """Checks the pairs that share most tokens, and finds them alike: at first none is due."""
         due_P2 = self.due_P2.clone()
-        order = torch.sort(stats["co_routed_EE"].flatten(), descending=True, stable=True).indices[: len(due_P2)]
-        pairs_P2 = torch.stack([order // self.shape.num_experts, order % self.shape.num_experts], 1)
-        self._rehearsing = True
+        pairs_P2, _ = self._most_shared(stats["co_routed_EE"])
         self.due_P2[: len(pairs_P2)] = pairs_P2
         try:
-            with self.base.rehearsal(stats):
+            with super().rehearsal(stats):
                 yield
         finally:
             self.due_P2.copy_(due_P2)
-            self._rehearsing = False
-
-    def late_frozen(self) -> list[nn.Parameter]:
-        """Returns the base's."""
-        return self.base.late_frozen()
-
-    def frozen(self, step: int) -> bool:
-        """Returns whether the base's `late_frozen` is frozen."""
-        return self.base.frozen(step)
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Counts the shared tokens of the step, forgets those of the checked pairs, and says which are due next."""
@@ -334,14 +282,17 @@ class SimSmoeRouter(Router):
         checked_EE[first_P, second_P] = 1
         counts_EE.mul_(1 - checked_EE)
         limit = stats["tokens"].double() if self.config.frequency_unit == "batch_fraction" else 1.0
-        flat = counts_EE.flatten()
-        exceeding = torch.where(flat.double() > self.config.frequency * limit, flat, 0)
-        best = torch.sort(exceeding, descending=True, stable=True)
-        places = best.indices[: len(self.due_P2)]
-        pairs_P2 = torch.stack([places // self.shape.num_experts, places % self.shape.num_experts], 1)
-        is_due = best.values[: len(self.due_P2)] > 0
+        exceeding_EE = torch.where(counts_EE.double() > self.config.frequency * limit, counts_EE, 0)
+        pairs_P2, shared_P = self._most_shared(exceeding_EE)
         self.due_P2.fill_(NO_EXPERT)
-        self.due_P2[: len(places)] = torch.where(is_due.unsqueeze(1), pairs_P2, NO_EXPERT)
+        self.due_P2[: len(pairs_P2)] = torch.where(shared_P.unsqueeze(1) > 0, pairs_P2, NO_EXPERT)
+
+    def _most_shared(self, counts_EE: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns as many pairs as a step checks, those with the highest counts, and these; ties by the lowest pair."""
+        best = torch.sort(counts_EE.flatten(), descending=True, stable=True)
+        places_P = best.indices[: len(self.due_P2)]
+        num_experts = self.shape.num_experts
+        return torch.stack([places_P // num_experts, places_P % num_experts], 1), best.values[: len(self.due_P2)]
 
     def _probes(self, context: Context) -> bool:
         return self.config.probe_second_expert and context.training and context.top_k == 1
@@ -368,7 +319,7 @@ class SimSmoeRouter(Router):
             rows = shared_sample(x_PTW, y_PTW, shared_PT, context, config.candidate_tokens, config.max_tokens)
             decision, objective = (self._rbf(*rows, one) for one in ("debiased", config.estimator))
         collapsed_P = decision.value_P.detach() >= config.threshold
-        if self._rehearsing:
+        if self.rehearsing:
             collapsed_P = torch.ones_like(collapsed_P)
         fired_P = collapsed_P & decision.defined_P & objective.defined_P
         loss = torch.where(fired_P, objective.value_P, 0.0).sum().to(y_TKD.dtype)
@@ -380,7 +331,7 @@ class SimSmoeRouter(Router):
         }
 
     def _least_tokens(self) -> int:
-        return LEAST_TOKENS if self._rehearsing else self.config.min_tokens
+        return LEAST_TOKENS if self.rehearsing else self.config.min_tokens
 
     def _linear(self, sums_PM: Tensor, estimator: Estimator) -> Similarity:
         return cka_linear(sums_PM, self.width, estimator, self._least_tokens())
