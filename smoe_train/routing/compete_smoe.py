@@ -256,16 +256,15 @@ class CompeteSmoeRouter(SoftmaxTopKRouter):
         target_TE = torch.softmax(scores_TE, dim=-1)
         log_p_TE = torch.log_softmax(assignment.logits_TE, dim=-1)
         difference = squared_difference if self.config.distillation_loss == "mse" else divergence
-        of_all_T = difference(log_p_TE, target_TE)
-        of_winners_T = difference(log_p_TE, target_TE, winners_TK)
-        if self.config.distillation == "all":
-            return context.token_mean(of_all_T)
-        if self.config.distillation == "topk":
-            return context.token_mean(of_winners_T)
-        further_T = of_winners_T
+        compared: list[Tensor | None] = [winners_TK] if self.config.distillation == "topk" else [None]
+        if self.config.distillation in ("hybrid", "tribrid"):
+            compared.append(winners_TK)
         if self.config.distillation == "tribrid":
-            further_T = further_T + difference(log_p_TE, target_TE, routed_TK)
-        return context.token_mean(of_all_T + self.config.theta * further_T)
+            compared.append(routed_TK)
+        loss_T, *further_T = (difference(log_p_TE, target_TE, ids_TK) for ids_TK in compared)
+        if further_T:
+            loss_T = loss_T + self.config.theta * sum(further_T[1:], further_T[0])
+        return context.token_mean(loss_T)
 
 
 def squared_difference(log_p_TE: Tensor, target_TE: Tensor, ids_TK: Tensor | None = None) -> Tensor:
