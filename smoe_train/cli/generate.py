@@ -46,7 +46,7 @@ def generate(
 
     _, recipe, checkpoint = open_run(run, which)
     tokenizer = build_tokenizer(recipe.tokenizer)
-    ids = tokenizer.encode_text(prompt)
+    ids = tokenizer.encode_texts([prompt])[0]
     longest = recipe.model.max_sequence_length or recipe.training.sequence_length
     experts = top_k if top_k is not None else recipe.model.moe.top_k
     if not ids:

@@ -13,32 +13,37 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
+from smoe_train.data.examples import Example, LabelledCorpus, TaskInfo
 from smoe_train.data.loader_config import LoaderConfig
 from smoe_train.data.source import (
     SOURCES,
     SPLITS,
     Corpus,
+    LabelledSource,
     Source,
     SourceConfig,
     SourceEntry,
     Split,
     SplitName,
+    TextSource,
     build_source,
     register_source,
 )
 from smoe_train.data.token_store import TokenStore, default_cache, prepare
-from smoe_train.data.tokenizers import (
+from smoe_train.data.tokenizer import (
     TOKENIZERS,
-    BytesConfig,
     Tokenizer,
     TokenizerConfig,
     TokenizerEntry,
+    TrainingText,
     build_tokenizer,
     register_tokenizer,
 )
+from smoe_train.data.tokenizers.bytes import BytesConfig
 from smoe_train.lazy import lazy_attributes
 
 SOURCES.discover("smoe_train.data.sources")
+TOKENIZERS.discover("smoe_train.data.tokenizers")
 
 
 def _tagged_union(configs: list[type[Any]], tag: str) -> Any:
@@ -69,6 +74,9 @@ __all__ = [
     "BytesConfig",
     "Corpus",
     "EvaluationBatches",
+    "Example",
+    "LabelledCorpus",
+    "LabelledSource",
     "LoaderConfig",
     "MicroBatch",
     "Source",
@@ -76,11 +84,14 @@ __all__ = [
     "SourceEntry",
     "Split",
     "SplitName",
+    "TaskInfo",
+    "TextSource",
     "TokenStore",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerEntry",
     "TrainBatches",
+    "TrainingText",
     "block_order",
     "build_source",
     "build_tokenizer",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smoe_train.data.loader_config import LoaderConfig
-from smoe_train.data.tokenizers import TokenArray
+from smoe_train.data.tokenizer import TokenArray
 from smoe_train.errors import DataError
 
 IGNORED_LABEL = -100

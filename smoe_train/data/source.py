@@ -1,6 +1,7 @@
-"""Where text comes from: the source contract, the table of sources, and splits that are streamed, never held whole.
+"""Where data comes from: the source contract, the table of sources, and splits that are streamed, never held whole.
 
-A source yields bytes. What a token is, and where tokens are kept, is decided elsewhere (`tokenizers`, `token_store`).
+A `TextSource` yields bytes, a `LabelledSource` examples. What a token is, and where tokens are kept, is decided
+elsewhere (`tokenizers`, `token_store`, `example_store`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from pathlib import Path
 from typing import IO, Literal, TypeVar, get_args
 from zipfile import BadZipFile
 
+import numpy as np
+import numpy.typing as npt
+
 from smoe_train.config import StrictModel
+from smoe_train.data.examples import LabelledCorpus
 from smoe_train.errors import DataError
 from smoe_train.registry import Registry
 
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 CHUNK_BYTES = 1 << 20
+
+Offsets = npt.NDArray[np.int64]
 
 S = TypeVar("S", bound="type[Source]")
 
@@ -38,10 +45,15 @@ class Split:
     Attributes:
         num_bytes: Its size.
         read: Returns a new iterator over the contents, in chunks of about 1 MiB; raises DataError when it cannot.
+        document_ends: Where each document ends, ascending byte offsets of which the last is ``num_bytes``; None if the
+            split is one text without known parts.
+        place: Says where a byte offset of the split lies ("wiki.train.raw, byte 17"), for messages.
     """
 
     num_bytes: int
     read: Callable[[], Iterator[bytes]]
+    document_ends: Offsets | None = None
+    place: Callable[[int], str] = "byte {:,}".format
 
 
 @dataclass(frozen=True)
@@ -52,14 +64,16 @@ class Corpus:
         name: The source's name.
         splits: ``train`` and ``valid``, perhaps ``test``, in this order; none is empty.
         fingerprint: `fingerprint` of the contents.
+        per_word: Whether the set's figures are given per word, as WikiText's; its words and lines are then counted.
     """
 
     name: str
     splits: Mapping[SplitName, Split]
     fingerprint: str
+    per_word: bool = False
 
     @classmethod
-    def read(cls, name: str, splits: Mapping[SplitName, Split]) -> Corpus:
+    def read(cls, name: str, splits: Mapping[SplitName, Split], per_word: bool = False) -> Corpus:
         """Reads all splits once to take the fingerprint.
 
         Raises:
@@ -80,7 +94,7 @@ class Corpus:
                 raise DataError(
                     f"{name}: the {split_name} split is empty; it needs more text or another division of it"
                 )
-        return cls(name, {key: splits[key] for key in SPLITS if key in splits}, fingerprint(contents))
+        return cls(name, {key: splits[key] for key in SPLITS if key in splits}, fingerprint(contents), per_word)
 
 
 def checksum(chunks: Iterable[bytes], algorithm: Literal["sha256", "md5"] = "sha256") -> tuple[int, str]:
@@ -102,11 +116,25 @@ def fingerprint(contents: Mapping[SplitName, tuple[int, str]]) -> str:
     return digest.hexdigest()
 
 
-class Source(ABC):
+class Source:
     """One data source; constructed with its options, reads nothing before `load`."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
+
+    def files(self, cache: Path) -> Sequence[Path] | None:
+        """Returns every file that the data is made from, without reading them; None if that cannot be told.
+
+        With None the data is read anew each time; with files only when one of them (or the source's code) changed.
+
+        Raises:
+            DataError: The options name something that is not there.
+        """
+        return None
+
+
+class TextSource(Source, ABC):
+    """A source of running text, for language modelling."""
 
     @abstractmethod
     def load(self, cache: Path) -> Corpus:
@@ -116,15 +144,17 @@ class Source(ABC):
             DataError: The text is missing, unreachable, damaged, or does not fit the options.
         """
 
-    def files(self, cache: Path) -> Sequence[Path] | None:
-        """Returns every file that the corpus is made from, without reading them; None if that cannot be told.
 
-        With None the corpus is read anew each time; with files only when one of them (or the source's code) changed.
+class LabelledSource(Source, ABC):
+    """A source of labelled examples, for classification and regression."""
+
+    @abstractmethod
+    def load(self, cache: Path) -> LabelledCorpus:
+        """Finds (or downloads into ``cache``), checks and reads the examples.
 
         Raises:
-            DataError: The options name something that is not there.
+            DataError: They are missing, unreachable, damaged or do not fit the options; the message has file and row.
         """
-        return None
 
 
 @dataclass(frozen=True)
@@ -133,6 +163,11 @@ class SourceEntry:
 
     source: type[Source]
     config: type[SourceConfig]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it holds labelled examples rather than running text."""
+        return issubclass(self.source, LabelledSource)
 
 
 SOURCES: Registry[SourceEntry] = Registry("data source")

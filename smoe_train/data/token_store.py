@@ -26,11 +26,12 @@ from smoe_train.data.source import (
     Split,
     SplitName,
     StoredFile,
+    TextSource,
     build_source,
     checksum,
     fingerprint,
 )
-from smoe_train.data.tokenizers import TokenArray, TokenDtype, Tokenizer, TokenizerConfig, build_tokenizer
+from smoe_train.data.tokenizer import TokenArray, TokenDtype, Tokenizer, TokenizerConfig, build_tokenizer
 from smoe_train.errors import DataError
 
 FORMAT_VERSION = 1
@@ -169,6 +170,7 @@ def prepare(
     """
     cache = default_cache() if cache_root is None else cache_root
     source, tokenizer = build_source(source_config), build_tokenizer(tokenizer_config)
+    assert isinstance(source, TextSource), f"{source_config.source} holds labelled examples"
     before = take_stamp(source, cache)
     known = recall(before, cache)
     if known is not None and _intact(folder := store_folder(source_config.source, known, tokenizer, cache)):
@@ -229,7 +231,7 @@ def _write_split(path: Path, split: Split, tokenizer: Tokenizer) -> tuple[SplitR
     text, digest, tokens = _Watched(split.read()), hashlib.sha256(), 0
     dtype = np.dtype(tokenizer.dtype)
     with path.open("wb") as file:
-        for ids in tokenizer.encode(text):
+        for ids, _ in tokenizer.encode(text):
             assert ids.dtype == dtype, f"{type(tokenizer).__name__} yields {ids.dtype}, not {dtype}"
             data = ids.astype(dtype.newbyteorder("<"), copy=False).tobytes()
             digest.update(data)

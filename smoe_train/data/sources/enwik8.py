@@ -18,11 +18,11 @@ from smoe_train.data.build_once import build_once
 from smoe_train.data.source import (
     CHUNK_BYTES,
     Corpus,
-    Source,
     SourceConfig,
     Split,
     SplitName,
     StoredFile,
+    TextSource,
     byte_range,
     checksum,
     register_source,
@@ -56,7 +56,7 @@ class Enwik8Config(SourceConfig):
 
 
 @register_source("enwik8", Enwik8Config)
-class Enwik8Source(Source):
+class Enwik8Source(TextSource):
     """enwik8 or a piece of it, split by byte offsets.
 
     Split as in Transformer-XL's prep_enwik8.py. A whole file must have the published md5; a piece cannot be checked,

@@ -21,9 +21,9 @@ from pydantic import Field, model_validator
 
 from smoe_train.data.source import (
     Corpus,
-    Source,
     SourceConfig,
     SplitName,
+    TextSource,
     in_memory,
     register_source,
 )
@@ -55,7 +55,7 @@ class PydocsConfig(SourceConfig):
 
 
 @register_source("pydocs", PydocsConfig)
-class PydocsSource(Source):
+class PydocsSource(TextSource):
     """``pydoc_data.topics`` by key, then docstrings of all standard modules but tests, by path.
 
     A document is one topic or one docstring of more than 40 characters, followed by a blank line. Splits are drawn by

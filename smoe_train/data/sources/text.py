@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 
 from smoe_train.data.source import (
     Corpus,
-    Source,
     SourceConfig,
     Split,
     SplitName,
     StoredFile,
+    TextSource,
     byte_range,
     register_source,
 )
@@ -51,7 +51,7 @@ class TextConfig(SourceConfig):
 
 
 @register_source("text", TextConfig)
-class TextSource(Source):
+class TextFilesSource(TextSource):
     """Files of text: split by fractions of their bytes, or given split by split."""
 
     config: TextConfig

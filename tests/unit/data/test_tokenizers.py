@@ -19,7 +19,7 @@ def test_bytes_are_their_own_ids_wherever_the_text_is_cut(chunks):
 @given(st.text())
 def test_text_survives_the_round_trip(text):
     tokenizer = build_tokenizer(BytesConfig())
-    ids = tokenizer.encode_text(text)
+    ids = tokenizer.encode_texts([text])[0]
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
@@ -27,7 +27,7 @@ def test_text_survives_the_round_trip(text):
 def test_half_a_character_is_shown_as_a_replacement_and_undecodable_arguments_keep_their_bytes():
     tokenizer = build_tokenizer(BytesConfig())
     assert tokenizer.decode([0x41, 0xC3]) == "A\ufffd"
-    assert tokenizer.encode_text(b"\xff".decode("utf-8", "surrogateescape")) == [0xFF]
+    assert tokenizer.encode_texts([b"\xff".decode("utf-8", "surrogateescape")])[0] == [0xFF]
 
 
 def test_saving_writes_the_options(tmp_path):
