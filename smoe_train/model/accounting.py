@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from smoe_train.model.causal_lm import SmoeForCausalLM
 from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.model.smoe_config import SmoeConfig
-from smoe_train.model.transformer import SmoeForCausalLM
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Causal self-attention on torch's scaled-dot-product kernels, with rotary positions and a key-value cache.
+"""Self-attention on torch's scaled-dot-product kernels, with rotary positions and a key-value cache.
 
 Shape suffixes: B batch, S sequence, D d_model, H heads, W head width.
 """
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention.
+    """Multi-head self-attention.
 
     Args:
         d_model: D.
         num_heads: H.
         layer: Index of the layer, its place in a key-value cache.
+        causal: Whether a token sees only itself and those before it.
     """
 
-    def __init__(self, d_model: int, num_heads: int, layer: int) -> None:
+    def __init__(self, d_model: int, num_heads: int, layer: int, causal: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.layer = layer
+        self.causal = causal
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -36,7 +38,7 @@ class Attention(nn.Module):
         Args:
             x_BSD: Input.
             rotation: Cosine and sine of the rotary angles [B, S, W], or None.
-            allowed: Boolean [B, 1, S, keys], True where a query may look; None for plain causal attention.
+            allowed: Boolean [B, 1, S, keys], True where a query may look; None if only causality restricts it.
             cache: A transformers cache to extend, or None.
         """
         batch, length, d_model = x_BSD.shape
@@ -45,7 +47,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        y_BHSW = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+        y_BHSW = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=self.causal and allowed is None)
         y_BSD: Tensor = self.out(y_BHSW.transpose(1, 2).reshape(batch, length, d_model))
         return y_BSD
 
@@ -65,24 +67,36 @@ def rotate(x_BHSW: Tensor, cos_BSW: Tensor, sin_BSW: Tensor) -> Tensor:
     return x_BHSW * cos_BSW.unsqueeze(1) + turned * sin_BSW.unsqueeze(1)
 
 
-def causal_mask(attention_mask: Tensor | None, length: int, past: int, device: torch.device) -> Tensor | None:
-    """Returns which keys each query may see, or None where the kernel's own causal mask does.
+def visible_keys(
+    attention_mask: Tensor | None,
+    document_BS: Tensor | None,
+    causal: bool,
+    length: int,
+    past: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Returns which keys each query may see, boolean [B or 1, 1, S, keys], or None where the kernel needs no mask.
 
     Args:
         attention_mask: [B, past + length], nonzero for real tokens, or None.
+        document_BS: [B, length], the number of each token's document; a token sees its own document alone. Or None.
+        causal: Whether a token sees only itself and those before it.
         length: Queries.
         past: Keys that came before the first query.
         device: Where to build it.
     """
-    if attention_mask is None and past == 0:
+    if attention_mask is None and document_BS is None and (past == 0 or not causal):
         return None
-    if attention_mask is None and length == 1:
+    if attention_mask is None and document_BS is None and length == 1:
         return torch.ones(1, 1, 1, past + 1, dtype=torch.bool, device=device)
     queries = torch.arange(past, past + length, device=device).unsqueeze(1)
     keys = torch.arange(past + length, device=device).unsqueeze(0)
-    allowed = (keys <= queries).view(1, 1, length, past + length)
+    itself = (keys == queries).view(1, 1, length, past + length)
+    allowed = (keys <= queries if causal else torch.ones_like(keys == queries)).view(1, 1, length, past + length)
+    if document_BS is not None:
+        allowed = allowed & (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).unsqueeze(1)
     if attention_mask is not None:
         real = attention_mask.to(torch.bool)[:, None, None, : past + length]
         # A padding query sees itself: a row without any key would be NaN and spread through the values.
-        allowed = (allowed & real) | (keys == queries).view(1, 1, length, past + length)
+        allowed = (allowed & real) | itself
     return allowed

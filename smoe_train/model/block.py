@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.pre_norm = config.norm_position == "pre"
         self.dropout = config.dropout
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config.d_model, config.num_heads, layer)
+        self.attention = Attention(config.d_model, config.num_heads, layer, config.causal)
         self.feed_forward_norm = make_norm(config)
         self.moe = moe
         kind: Any = config.feed_forward

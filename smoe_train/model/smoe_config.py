@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -13,9 +14,10 @@ from smoe_train.routing import RouterConfig, router_config
 
 @strict
 class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Configuration of `SmoeForCausalLM`; the fields are those of `ModelConfig`, flat and resolved.
+    """Configuration of all models; the fields are those of `ModelConfig`, flat and resolved.
 
-    ``router`` holds the routing policy's options with their ``type``; ``seed`` keys the initial values.
+    ``router`` holds the routing policy's options with their ``type``; ``seed`` keys the initial values. ``causal``,
+    ``pooling``, ``classifier_dropout``, ``id2label`` and ``problem_type`` are those of a classifier.
     """
 
     model_type = "smoe"
@@ -49,6 +51,9 @@ class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
     router: dict[str, Any] | None = None
     seed: int = 0
     use_cache: bool = True
+    causal: bool = True
+    pooling: str = "last"
+    classifier_dropout: float | int = 0.0
 
     @classmethod
     def create(cls, model: ModelConfig, vocab_size: int, sequence_length: int, seed: int) -> SmoeConfig:
@@ -86,6 +91,29 @@ class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
             bos_token_id=None,
             eos_token_id=None,
         )
+
+    def for_classification(
+        self, labels: Sequence[str], causal: bool, pooling: str, classifier_dropout: float
+    ) -> SmoeConfig:
+        """Returns this configuration for `SmoeForSequenceClassification`.
+
+        Args:
+            labels: Names of the classes in the order of their ids; empty for regression.
+            causal: Whether a token sees only itself and those before it.
+            pooling: How a sequence becomes one vector.
+            classifier_dropout: Dropout before the head in training.
+        """
+        values = self.to_dict()
+        values |= {
+            "causal": causal,
+            "pooling": pooling,
+            "classifier_dropout": classifier_dropout,
+            "use_cache": False,
+            "id2label": dict(enumerate(labels or ("value",))),
+            "label2id": {label: i for i, label in enumerate(labels or ("value",))},
+            "problem_type": "single_label_classification" if labels else "regression",
+        }
+        return SmoeConfig.from_dict(values)
 
     def router_options(self) -> RouterConfig:
         """Returns the routing policy's options."""

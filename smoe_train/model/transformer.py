@@ -1,4 +1,4 @@
-"""SmoeModel and SmoeForCausalLM: the decoder as transformers models (save, load, AutoModel, generate).
+"""SmoeModel, the transformer without a head, and what all heads share.
 
 Shape suffixes: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary, E experts.
 """
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from smoe_train.data.loader import IGNORED_LABEL
-from smoe_train.model.attention import causal_mask, rotary_angles
+from smoe_train.model.attention import rotary_angles, visible_keys
 from smoe_train.model.block import Block, make_norm
 from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
 from smoe_train.model.feed_forward import StackedExperts
@@ -137,7 +136,7 @@ def output_std(config: SmoeConfig) -> float:
 
 
 class SmoeModel(SmoePreTrainedModel):
-    """The decoder without a head.
+    """The transformer without a head.
 
     Args:
         config: The architecture.
@@ -190,6 +189,8 @@ class SmoeModel(SmoePreTrainedModel):
         knobs: Knobs | None = None,
         sample_index: Tensor | None = None,
         step_totals: StepTotals | None = None,
+        document_ids: Tensor | None = None,
+        tokens_per_micro_batch: float | None = None,
         **_: Any,
     ) -> SmoeOutput:
         """Returns hidden states, router losses and routing stats.
@@ -203,6 +204,10 @@ class SmoeModel(SmoePreTrainedModel):
             knobs: What the step is run with; if not given, the configured k as after the end of training.
             sample_index: int64 [B], index of each sample within the global batch, the key of routing noise.
             step_totals: Sums over the step's micro-batches that router losses are functions of.
+            document_ids: int64 [B, S], the number of the document that a token belongs to, rising; a token sees its own
+                document alone, and positions begin anew in each. Not with a cache.
+            tokens_per_micro_batch: Real tokens of the step, averaged over ranks and micro-batches, if it is known; it
+                is counted for this pass otherwise, with a sum over the ranks.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -214,8 +219,8 @@ class SmoeModel(SmoePreTrainedModel):
             )
         length = input_ids.shape[1]
         if position_ids is None:
-            position_ids = _positions(input_ids, attention_mask, past)
-        allowed = causal_mask(attention_mask, length, past, input_ids.device)
+            position_ids = _positions(input_ids, attention_mask, document_ids, past)
+        allowed = visible_keys(attention_mask, document_ids, self.config.causal, length, past, input_ids.device)
         x_BSD = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions(position_ids)
@@ -226,7 +231,7 @@ class SmoeModel(SmoePreTrainedModel):
             rotation = rotary_angles(position_ids, width, self.config.rope_theta, x_BSD.dtype)
         mask_BS = attention_mask[:, past:] if attention_mask is not None else None
         knobs = knobs or Knobs(AFTER_TRAINING, self.config.num_experts_per_tok)
-        contexts = self._contexts(input_ids, mask_BS, knobs, sample_index, step_totals)
+        contexts = self._contexts(input_ids, mask_BS, knobs, sample_index, step_totals, tokens_per_micro_batch)
         losses: dict[str, list[Tensor]] = {}
         stats: dict[int, Mapping[str, Tensor]] = {}
         experts_of_token: dict[int, Tensor] = {}
@@ -252,6 +257,7 @@ class SmoeModel(SmoePreTrainedModel):
         knobs: Knobs,
         sample_index: Tensor | None,
         step_totals: StepTotals | None,
+        tokens_per_micro_batch: float | None,
     ) -> Callable[[int], Context]:
         """Returns the routing context of each layer; what does not depend on the layer is computed once."""
         batch, length = input_ids.shape
@@ -261,7 +267,9 @@ class SmoeModel(SmoePreTrainedModel):
         token_index_T = (sample_index.unsqueeze(1) * length + position).reshape(-1)
         token_mask_T = mask_BS.reshape(-1).to(torch.bool) if mask_BS is not None else None
         tokens_per_rank = None
-        if token_mask_T is not None:
+        if token_mask_T is not None and tokens_per_micro_batch is not None:
+            tokens_per_rank = torch.full((), tokens_per_micro_batch, device=input_ids.device)
+        elif token_mask_T is not None:
             real = token_mask_T.sum().to(torch.float32)
             if step_totals is None:
                 tokens_per_rank = self.ranks.sum_over_ranks(real) / self.ranks.num_ranks
@@ -290,80 +298,15 @@ class SmoeModel(SmoePreTrainedModel):
         return context
 
 
-def _positions(input_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+def _positions(input_ids: Tensor, attention_mask: Tensor | None, document_BS: Tensor | None, past: int) -> Tensor:
     length = input_ids.shape[1]
+    if document_BS is not None:
+        place_S = torch.arange(length, device=input_ids.device)
+        begins_BS = F.pad(document_BS[:, 1:] != document_BS[:, :-1], (1, 0), value=True)
+        return place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values
     if attention_mask is None:
         return torch.arange(past, past + length, device=input_ids.device).unsqueeze(0)
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past : past + length]
-
-
-class SmoeForCausalLM(SmoePreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The decoder with a language-model head.
-
-    Args:
-        config: The architecture.
-        make_bank: Builds the expert bank of each MoE layer; experts in this process if not given.
-    """
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read from the class
-
-    def __init__(self, config: SmoeConfig, make_bank: BankFactory = LocalExpertBank) -> None:
-        super().__init__(config)
-        self.model = SmoeModel(config, make_bank)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if self.looks_back():
-            self.config.use_cache = False
-            self.generation_config.use_cache = False
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Returns the token embedding."""
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Returns the language-model head."""
-        return self.lm_head
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        knobs: Knobs | None = None,
-        **arguments: Any,
-    ) -> SmoeOutput:
-        """Returns logits and, with labels, the loss.
-
-        Args:
-            input_ids: int64 [B, S].
-            attention_mask: [B, past + S], nonzero for real tokens.
-            labels: int64 [B, S] as transformers has them: labels[b, s] is compared with the prediction made at
-                s - 1; -100 is ignored. The loss then includes the weighted router losses.
-            logits_to_keep: Only the last positions' logits, or all if 0.
-            knobs: What the step is run with; named here because ``generate`` passes on only what it finds named.
-            arguments: See `SmoeModel.forward`.
-        """
-        output: SmoeOutput = self.model(input_ids, attention_mask, knobs=knobs, **arguments)
-        hidden_BSD = output.last_hidden_state
-        assert hidden_BSD is not None
-        output.logits = self.lm_head(hidden_BSD[:, -logits_to_keep:] if logits_to_keep else hidden_BSD)
-        if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-            task_loss = language_model_loss(output.logits, shifted)
-            weights = knobs.loss_weights if knobs is not None else {}
-            output.loss = task_loss + weighted_router_loss(output.router_losses or {}, self.config, weights)
-        return output
-
-
-def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Returns the mean cross-entropy in nats (0-dim fp32) over labels that are not -100.
-
-    Args:
-        logits_BSV: Any floating dtype; the loss is computed in fp32.
-        labels_BS: int64, the token that follows each position.
-    """
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORED_LABEL)
 
 
 def weighted_router_loss(
@@ -383,4 +326,3 @@ def weighted_router_loss(
 
 AutoConfig.register("smoe", SmoeConfig)
 AutoModel.register(SmoeConfig, SmoeModel)
-AutoModelForCausalLM.register(SmoeConfig, SmoeForCausalLM)

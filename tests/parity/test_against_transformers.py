@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 
 from smoe_train.model import LocalExpertBank, StackedExperts
-from smoe_train.model.attention import Attention, causal_mask, rotary_angles
+from smoe_train.model.attention import Attention, rotary_angles, visible_keys
 from smoe_train.model.initialise import KeyedDraw
 from smoe_train.model.moe import MoeLayer
 from smoe_train.routing import RouterShape
@@ -147,8 +147,8 @@ def test_llama_attention(padded):
     if padded:
         mask[0, :4] = 0
     positions = torch.arange(9).unsqueeze(0) + 3
-    allowed = causal_mask(mask if padded else None, 9, 0, x.device)
-    full = causal_mask(mask, 9, 0, x.device)
+    allowed = visible_keys(mask if padded else None, None, True, 9, 0, x.device)
+    full = visible_keys(mask, None, True, 9, 0, x.device)
     additive = torch.zeros(full.shape).masked_fill(~full, torch.finfo(torch.float32).min)
     rotation = rotary_angles(positions.expand(2, 9), 8, config.rope_parameters["rope_theta"], x.dtype)
     their_rotation = LlamaRotaryEmbedding(config)(x, positions)

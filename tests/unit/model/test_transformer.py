@@ -17,7 +17,7 @@ from smoe_train.model import (
     SmoeModel,
     language_model_loss,
 )
-from smoe_train.model.attention import causal_mask, rotary_angles, rotate
+from smoe_train.model.attention import rotary_angles, rotate, visible_keys
 from smoe_train.schedules import Knobs
 
 ARCHITECTURES = [
@@ -256,15 +256,15 @@ def test_causal_mask_against_a_loop():
     """A query sees real keys up to itself, and itself always, so that no row is empty."""
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
     for past in (0, 2, 4):
-        allowed = causal_mask(mask, 5 - past, past, torch.device("cpu"))
+        allowed = visible_keys(mask, None, True, 5 - past, past, torch.device("cpu"))
         assert allowed.shape == (2, 1, 5 - past, 5)
         for b, q, key in itertools.product(range(2), range(5 - past), range(5)):
             expected = key == past + q or (key < past + q and bool(mask[b, key]))
             assert bool(allowed[b, 0, q, key]) == expected
-    assert causal_mask(None, 5, 0, torch.device("cpu")) is None
-    without = causal_mask(None, 3, 2, torch.device("cpu"))
+    assert visible_keys(None, None, True, 5, 0, torch.device("cpu")) is None
+    without = visible_keys(None, None, True, 3, 2, torch.device("cpu"))
     assert without[0, 0].tolist() == [[key <= 2 + q for key in range(5)] for q in range(3)]
-    assert causal_mask(None, 1, 4, torch.device("cpu")).all()
+    assert visible_keys(None, None, True, 1, 4, torch.device("cpu")).all()
 
 
 def test_rotation_is_by_position_times_frequency():
