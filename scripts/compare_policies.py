@@ -227,7 +227,7 @@ def _step_seconds(trainer: Trainer, round_: int, steps: int) -> float:
         step = trainer.config.max_steps - 1 - (round_ * steps + offset) % (trainer.config.max_steps // 2)
         knobs = trainer.curriculum.knobs(step)
         for batch in trainer.batches[step]:
-            objective = trainer.objective(trainer.engine, batch, knobs, None)
+            objective = trainer.task.objective(trainer.engine.forward, batch, knobs, None)
             trainer.engine.backward(objective.total)
             meter.add(objective)
         trainer.engine.step(0.0)

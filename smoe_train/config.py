@@ -76,41 +76,45 @@ class Layered:
 def read_layers(path: Path, resolve: typing.Callable[[str, Path], Path], own: frozenset[str] = frozenset()) -> Layered:
     """Reads a YAML file and everything it extends.
 
+    ``extends`` names one file or a list of them, of which later ones override earlier ones.
+
     Args:
         path: The file.
-        resolve: Turns the text after ``extends:`` and the folder of the extending file into a path.
+        resolve: Turns a text after ``extends:`` and the folder of the extending file into a path.
         own: Top-level keys that a file does not inherit from what it extends.
 
     Raises:
         RecipeError: A file is missing, is not a YAML mapping, or extends itself.
     """
-    chain: list[tuple[Path, Tree, dict[str, str]]] = []
-    seen: list[Path] = []
-    current: Path | None = path
-    while current is not None:
-        if current in seen or len(seen) >= MAX_EXTENDS:
-            cycle = " -> ".join(str(p) for p in [*seen, current])
-            raise RecipeError([Problem(str(path), "extends", f"extends itself or is nested too deeply: {cycle}")])
-        seen.append(current)
-        values, lines = _read_yaml(current)
-        parent = values.pop("extends", None)
-        if seen[1:]:
-            values = {key: value for key, value in values.items() if key not in own}
-            lines = {key: line for key, line in lines.items() if key not in own}
-        chain.append((current, values, lines))
-        if parent is not None and not isinstance(parent, str):
-            where = lines.get("extends", str(current))
-            raise RecipeError([Problem(where, "extends", "expected the name or path of one recipe")])
-        try:
-            current = resolve(parent, current.parent) if parent is not None else None
-        except RecipeError as error:
-            where = lines.get("extends", str(current))
-            found = [Problem(where, "extends", f"{problem.where!r}: {problem.message}") for problem in error.problems]
-            raise RecipeError(found) from error
+    return _read_extended(path, resolve, own, ())
+
+
+def _read_extended(
+    path: Path, resolve: typing.Callable[[str, Path], Path], own: frozenset[str], below: tuple[Path, ...]
+) -> Layered:
+    if path in below or len(below) >= MAX_EXTENDS:
+        cycle = " -> ".join(str(p) for p in [*below, path])
+        raise RecipeError([Problem(str(below[0]), "extends", f"extends itself or is nested too deeply: {cycle}")])
+    values, lines = _read_yaml(path)
+    parents = values.pop("extends", None)
+    where = lines.get("extends", str(path))
+    parents = [] if parents is None else [parents] if isinstance(parents, str) else parents
+    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
+        raise RecipeError([Problem(where, "extends", "expected the name or path of one recipe, or a list of them")])
     merged = Layered({}, {}, str(path))
-    for _, values, origins in reversed(chain):
-        merged = Layered(merge(merged.values, values), merged.origins | origins, str(path))
-    return merged
+    for parent in parents:
+        try:
+            found = resolve(parent, path.parent)
+        except RecipeError as error:
+            problems = [
+                Problem(where, "extends", f"{problem.where!r}: {problem.message}") for problem in error.problems
+            ]
+            raise RecipeError(problems) from error
+        layer = _read_extended(found, resolve, own, (*below, path))
+        kept = {key: value for key, value in layer.values.items() if key not in own}
+        origins = {key: origin for key, origin in layer.origins.items() if key.partition(".")[0] not in own}
+        merged = Layered(merge(merged.values, kept), merged.origins | origins, str(path))
+    return Layered(merge(merged.values, values), merged.origins | lines, str(path))
 
 
 def apply_overrides(layered: Layered, overrides: Sequence[str]) -> Layered:

@@ -62,7 +62,7 @@ def collect(
     shared: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
     held = range(0)
-    for name, parameter, owner in _parameters(engine.model):
+    for name, parameter, owner in parameters_of(engine.model):
         for kind, value in engine.read_state(parameter).items():
             if owner is None:
                 if rank == 0:
@@ -70,10 +70,10 @@ def collect(
             elif rank < expert_parallel_size:
                 held = owner.expert_ids
                 for expert, one in zip(owner.expert_ids, value.cpu().unbind(0), strict=True):
-                    experts[f"{kind}/{_expert_name(name, expert)}"] = one
+                    experts[f"{kind}/{expert_name(name, expert)}"] = one
     files: dict[str, dict[str, Tensor]] = {}
     if rank == 0:
-        shared |= {f"buffer/{name}": buffer.cpu() for name, buffer in _saved_buffers(engine.model)}
+        shared |= {f"buffer/{name}": buffer.cpu() for name, buffer in saved_buffers(engine.model)}
         shared |= {f"extra/{name}": value.cpu() for name, value in (extra or {}).items()}
         files["shared.safetensors"] = shared
     if experts:
@@ -92,9 +92,10 @@ def restore(engine: StateAccess, checkpoint: Checkpoint, rank: int, seed: int, d
         CheckpointError: The checkpoint belongs to another model; the message names the tensor.
     """
     engine.start_loading(int(checkpoint.state["optimizer_steps"]))
-    for name, parameter, owner in _parameters(engine.model):
+    for name, parameter, owner in parameters_of(engine.model):
         kinds = KINDS if parameter.requires_grad and int(checkpoint.state["optimizer_steps"]) else KINDS[:1]
-        engine.write_state(parameter, {kind: _read(checkpoint, kind, name, parameter, owner) for kind in kinds})
+        values = {kind: read_parameter(checkpoint, kind, name, parameter, owner) for kind in kinds}
+        engine.write_state(parameter, values)
     _restore_buffers(engine.model, checkpoint)
     prefix = f"random/{rank}/"
     state = {
@@ -121,12 +122,12 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         CheckpointError: The checkpoint belongs to another model; the message names the tensor.
     """
     with torch.no_grad():
-        for name, parameter, owner in _parameters(model):
-            parameter.copy_(_read(checkpoint, "weight", name, parameter, owner))
+        for name, parameter, owner in parameters_of(model):
+            parameter.copy_(read_parameter(checkpoint, "weight", name, parameter, owner))
     _restore_buffers(model, checkpoint)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, StackedExperts | None]]:
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, StackedExperts | None]]:
     """Yields each parameter's name, itself and the stack of experts that it belongs to, in a fixed order."""
     owners = {
         f"{path}.{name}": module
@@ -138,18 +139,24 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, StackedEx
         yield name, parameter, owners.get(name)
 
 
-def _expert_name(name: str, expert: int) -> str:
+def expert_name(name: str, expert: int) -> str:
+    """Returns the name in checkpoints of one expert's part of a stacked parameter."""
     bank, _, tensor = name.rpartition(".")
     return f"{bank}.{expert}.{tensor}"
 
 
-def _read(
+def read_parameter(
     checkpoint: Checkpoint, kind: str, name: str, parameter: nn.Parameter, owner: StackedExperts | None
 ) -> Tensor:
+    """Returns a parameter's weight or moment, of stacked experts those that ``owner`` holds.
+
+    Raises:
+        CheckpointError: There is none of this name and shape.
+    """
     if owner is None:
         value = checkpoint.tensor(f"{kind}/{name}")
     else:
-        names = [f"{kind}/{_expert_name(name, expert)}" for expert in owner.expert_ids]
+        names = [f"{kind}/{expert_name(name, expert)}" for expert in owner.expert_ids]
         value = torch.stack([checkpoint.tensor(one) for one in names])
     if value.shape != parameter.shape:
         raise CheckpointError(
@@ -159,7 +166,8 @@ def _read(
     return value
 
 
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the persistent buffers by name."""
     persistent = set(model.state_dict(keep_vars=True))
     for name, buffer in model.named_buffers():
         if name in persistent:
@@ -168,5 +176,5 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _restore_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
-        for name, buffer in _saved_buffers(model):
+        for name, buffer in saved_buffers(model):
             buffer.copy_(checkpoint.tensor(f"buffer/{name}"))

@@ -25,15 +25,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smoe_train.checkpoint.folders import (
+    MANIFEST,
+    complete_checkpoints,
+    find_checkpoint,
+    pointed,
+    step_name,
+    step_of,
+)
 from smoe_train.durable import flush
 from smoe_train.errors import CheckpointError, RunFailedError
 
-CHECKPOINTS = "checkpoints"  # folder of a run that holds them
-
 FORMAT = 1
-MANIFEST = "manifest.json"
-_STEP_NAME = re.compile(r"step-(\d{8,})\Z")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors\Z")
+_FILE_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*\.safetensors|tokenizer/[A-Za-z0-9][A-Za-z0-9._-]*)\Z")
 _TEMPORARY = ".tmp-"
 _REMOVED = ".trash-"
 
@@ -156,7 +160,12 @@ class CheckpointStore:
         self._keep_last = keep_last
 
     def save(
-        self, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool = False
+        self,
+        step: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        best: bool = False,
+        tokenizer: Mapping[str, bytes] | None = None,
     ) -> Path:
         """Writes a checkpoint together with the other ranks; on return it is complete and on disk.
 
@@ -165,12 +174,14 @@ class CheckpointStore:
             files: This rank's files by name, with their tensors by name; names differ between ranks.
             state: What to store besides tensors, JSON values; rank 0's counts.
             best: Whether to point ``best`` to it.
+            tokenizer: The tokenizer's files by name, for the folder ``tokenizer``; rank 0's count.
 
         Raises:
             RunFailedError: Any rank could not write; earlier checkpoints are untouched.
         """
         temporary = self.folder / self._peers.broadcast_object(f"{_TEMPORARY}{step_name(step)}-{uuid.uuid4().hex}")
-        written, problem = _attempt(lambda: _write_files(temporary, files))
+        plain = {f"tokenizer/{name}": data for name, data in (tokenizer or {}).items()} if self._peers.rank == 0 else {}
+        written, problem = _attempt(lambda: _write_files(temporary, files, plain))
         outcomes = self._peers.gather_objects((written, problem))
         problem = _first_problem([problem for _, problem in outcomes])
         if self._peers.rank == 0:
@@ -231,8 +242,8 @@ class CheckpointStore:
         Checkpoints of later steps than the one just written are damaged, or the run was taken back behind them: they
         stay, and do not count, lest they crowd out the sound ones.
         """
-        best = self._pointed("best")
-        written = [path for path in self.complete() if _step_of(path) <= newest]
+        best = pointed(self.folder, "best")
+        written = [path for path in self.complete() if step_of(path) <= newest]
         for path in written[self._keep_last :]:
             if path != best:
                 path.rename(self.folder / f"{_REMOVED}{path.name}-{uuid.uuid4().hex}")
@@ -242,17 +253,7 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Returns the folders that have a manifest, newest first by step."""
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if _STEP_NAME.match(path.name) and not path.is_symlink()]
-        return [path for path in sorted(found, key=_step_of, reverse=True) if (path / MANIFEST).is_file()]
-
-    def _pointed(self, name: str) -> Path | None:
-        try:
-            target = (self.folder / name).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-        return self.folder / target if _STEP_NAME.match(target) else None
+        return complete_checkpoints(self.folder)
 
     def holds(self, checkpoint: Checkpoint) -> bool:
         """Returns whether a checkpoint is one of this run's."""
@@ -277,18 +278,8 @@ class CheckpointStore:
         return aside
 
     def find(self, which: str) -> Path:
-        """Returns the folder that ``latest`` or ``best`` means: the newest complete one, or the one pointed to.
-
-        Raises:
-            CheckpointError: There is none.
-        """
-        if which not in ("latest", "best"):
-            raise CheckpointError(f"{self.folder}: {which!r} names no checkpoint; say latest or best, or give its path")
-        complete = self.complete()
-        path = self._pointed(which) if which == "best" else next(iter(complete), None)
-        if path is None or path not in complete:
-            raise CheckpointError(f"{self.folder}: holds no {which} checkpoint")
-        return path
+        """Returns the folder that ``latest`` or ``best`` means; see `find_checkpoint`."""
+        return find_checkpoint(self.folder, which)
 
     def newest_sound(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Returns the newest checkpoint that verifies, agreed between the ranks, or None if there is none.
@@ -341,15 +332,6 @@ def _text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def step_name(step: int) -> str:
-    """Returns the folder name of a step."""
-    return f"step-{step:08d}"
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
 def sha256(path: Path) -> str:
     """Returns the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
@@ -371,14 +353,21 @@ def write_text_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+def _write_files(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, bytes]
+) -> dict[str, dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
-    written = {}
     for name, tensors in files.items():
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / name)
+    for name, data in plain.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+        flush((folder / name).parent)
+    written = {}
+    for name in [*files, *plain]:
         path = folder / name
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
         flush(path)
-        written[name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "tensors": sorted(tensors)}
+        written[name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "tensors": sorted(files.get(name, ()))}
     return written
 
 

@@ -21,6 +21,10 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+glue_app = typer.Typer(help="Results of many fine-tuning runs, and GLUE's submission.", no_args_is_help=True)
+app.add_typer(glue_app, name="glue")
+data_app = typer.Typer(help="A recipe's data, without training.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's short name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.path=value", help="Override settings.")]
@@ -50,11 +54,19 @@ def train(
     output_dir: OutputDir = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe only.")] = False,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="key.path=a,b,c", help="Train once for each value; may be repeated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results of a sweep as JSON.")] = False,
 ) -> None:
     """Train a recipe: start its worker processes, or resume where the run stopped."""
     from smoe_train.cli import train as command
 
     options = command.TrainOptions(recipe, tuple(overrides or ()), nproc, launcher, hostfile, resume, output_dir)
+    if sweep or json:
+        from smoe_train.cli.sweep import train_all
+
+        raise typer.Exit(train_all(options, tuple(sweep or ()), print_config, dry_run, json))
     if print_config:
         command.print_config(options)
     elif dry_run:
@@ -65,19 +77,28 @@ def train(
 
 @app.command()
 def evaluate(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(help="A run folder, one of its checkpoints, or a folder of fine-tuned runs.")],
     top_k: Annotated[str, typer.Option("--top-k", help="Experts a token, e.g. 1,2,4; the recipe's if empty.")] = "",
-    split: Annotated[str, typer.Option(help="train, valid or test.")] = "valid",
-    which: Which = "latest",
+    task: Annotated[str, typer.Option(help="Tasks, e.g. mnli,ax; of a fine-tuned run its own if empty.")] = "",
+    split: Annotated[str, typer.Option(help="Split; if empty, valid of text, and dev of a task.")] = "",
+    which: Annotated[
+        str, typer.Option("--checkpoint", help="latest or best; if empty, latest for text, and best for a task.")
+    ] = "",
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="key=value", help="Override the data section; may be repeated.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first so many tokens.")] = None,
+    write_predictions: Annotated[
+        bool, typer.Option("--write-predictions", help="Write a task's answers into the run folder.")
+    ] = False,
     nproc: NumProcesses = None,
     json: AsJson = False,
 ) -> None:
-    """Measure bits per byte and perplexity of a checkpoint, at any number of experts a token."""
-    from smoe_train.cli import evaluate as command
+    """Measure a checkpoint: bits per byte and perplexity of text, or the metrics of tasks, at any k."""
+    from smoe_train.cli import evaluate_tasks as command
 
-    options = command.EvaluateOptions(run, top_k, split, which, max_tokens, json)
-    raise typer.Exit(command.evaluate(options, nproc))
+    options = command.TaskOptions(str(run), task, split, top_k, which, tuple(data or ()), write_predictions)
+    raise typer.Exit(command.evaluate_any(options, max_tokens, nproc, json))
 
 
 @app.command()
@@ -153,6 +174,36 @@ def demo(
     raise typer.Exit(command.demo(output_dir, tuple(overrides or ())))
 
 
+@data_app.command("prepare")
+def data_prepare(recipe: RecipeArgument, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Download, check and tokenize a recipe's data, once; training then starts at once."""
+    from smoe_train.cli import data as command
+
+    command.prepare(recipe, tuple(overrides or ()), json)
+
+
+@data_app.command("verify")
+def data_verify(recipe: RecipeArgument, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Read source and tokens again and compare them with the recorded digests."""
+    from smoe_train.cli import data as command
+
+    command.verify(recipe, tuple(overrides or ()), json)
+
+
+@data_app.command("show")
+def data_show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="The split to show.")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    json: AsJson = False,
+) -> None:
+    """Print the first samples of a split as a model sees them."""
+    from smoe_train.cli import data as command
+
+    command.show(recipe, tuple(overrides or ()), split, count, json)
+
+
 @recipes_app.command("list")
 def recipes_list(json: AsJson = False) -> None:
     """List the shipped recipes."""
@@ -185,6 +236,33 @@ def recipes_schema() -> None:
     from smoe_train.cli import recipes as command
 
     command.print_schema()
+
+
+@glue_app.command("summary")
+def glue_summary(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")],
+    json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    without_wnli: Annotated[bool, typer.Option("--without-wnli", help="Leave WNLI out of the average.")] = False,
+) -> None:
+    """Show mean and spread over seeds of each task, beside the constant baseline, and the GLUE average."""
+    from smoe_train.cli import glue as command
+
+    command.summary(runs, json, markdown, not without_wnli)
+
+
+@glue_app.command("submission")
+def glue_submission(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them: one run for each task.")],
+    output: Annotated[Path, typer.Option(help="Archive to write.")] = Path("submission.zip"),
+    fill_missing: Annotated[
+        bool, typer.Option("--fill-missing", help="Fill files that no run predicts with a constant answer.")
+    ] = False,
+) -> None:
+    """Write the archive of test predictions that gluebenchmark.com takes."""
+    from smoe_train.cli import glue as command
+
+    command.submission(runs, output, fill_missing)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from smoe_train.checkpoint.store import step_name
+from smoe_train.checkpoint.folders import step_name
 from smoe_train.cli.run_folder import store_of
 from smoe_train.cli.train import TrainOptions, train
 from smoe_train.recipe import Recipe, load_recipe

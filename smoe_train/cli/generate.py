@@ -39,13 +39,13 @@ def generate(
     """
     import torch
 
-    from smoe_train.assembly import build_for_evaluation, evaluation_knobs
-    from smoe_train.data import build_tokenizer
+    from smoe_train.assembly import build_for_evaluation, checkpoint_tokenizer, evaluation_knobs, require_kind
     from smoe_train.parallel.process import Process
     from smoe_train.routing import Router
 
     _, recipe, checkpoint = open_run(run, which)
-    tokenizer = build_tokenizer(recipe.tokenizer)
+    require_kind(recipe, checkpoint, classifier=False)
+    tokenizer = checkpoint_tokenizer(checkpoint)
     ids = tokenizer.encode_texts([prompt])[0]
     longest = recipe.model.max_sequence_length or recipe.training.sequence_length
     experts = top_k if top_k is not None else recipe.model.moe.top_k

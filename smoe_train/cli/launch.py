@@ -242,14 +242,14 @@ def run_workers(command: Sequence[str], environment: Mapping[str, str], logs: Pa
         old.unlink()
     skin = [sys.executable, "-m", "smoe_train.cli.launch", *command[2:]]  # in the place of `python -m`
     received: list[signal.Signals] = []
-    with _signals_into(received):
+    with signals_into(received):
         # A session of its own: Ctrl-C in a terminal goes to the whole process group, but the launcher must see it
         # once, from here; a second one breaks off its clean-up.
         launcher = subprocess.Popen(skin, env={**environment, LAUNCHER_PID: str(os.getpid())}, start_new_session=True)
         try:
             status = _wait(launcher, received, logs)
         finally:
-            _kill_tree(launcher)
+            kill_tree(launcher)
     return _exit_code(status, received, _worker_errors(logs))
 
 
@@ -311,7 +311,9 @@ def _usable_cores() -> int:
 
 
 @contextlib.contextmanager
-def _signals_into(received: list[signal.Signals]) -> Iterator[None]:
+def signals_into(received: list[signal.Signals]) -> Iterator[None]:
+    """Collects the signals that ask a run to stop instead of ending this process; what was ignored stays ignored."""
+
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
@@ -339,10 +341,11 @@ def _wait(launcher: subprocess.Popen[bytes], received: Sequence[signal.Signals],
             failed_at = time.monotonic()
         hung = failed_at is not None and time.monotonic() - failed_at > FAILURE_SECONDS
         if hung or len(received) > 1:
-            _kill_tree(launcher)
+            kill_tree(launcher)
 
 
-def _kill_tree(launcher: subprocess.Popen[bytes]) -> None:
+def kill_tree(launcher: subprocess.Popen[bytes]) -> None:
+    """Kills a process that was started here with all that it has started; does nothing if it has ended."""
     if launcher.poll() is not None:
         return
     with contextlib.suppress(psutil.NoSuchProcess):

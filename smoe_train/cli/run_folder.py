@@ -8,12 +8,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from smoe_train.checkpoint.store import CHECKPOINTS, MANIFEST, Checkpoint, CheckpointStore
+from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST
+from smoe_train.checkpoint.store import Checkpoint, CheckpointStore
 from smoe_train.durable import write_file
 from smoe_train.errors import CheckpointError, LaunchError
-from smoe_train.recipe import Recipe, load_recipe
+from smoe_train.recipe import RECIPE, Recipe, load_recipe
 
-RECIPE = "recipe.yaml"
 LOGS = "logs"
 LOCK = ".lock"
 
@@ -103,4 +103,4 @@ def open_run(run_or_checkpoint: Path, which: str) -> tuple[Path, Recipe, Checkpo
         raise CheckpointError(f"{run_or_checkpoint}: the run's {RECIPE} is missing from {run_folder}")
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
-    return run_folder, load_recipe(str(run_folder / RECIPE)), checkpoint
+    return run_folder, load_recipe(str(run_folder / RECIPE), resolved=True), checkpoint

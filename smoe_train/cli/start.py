@@ -7,13 +7,19 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smoe_train.checkpoint import Checkpoint
-from smoe_train.cli.run_folder import RECIPE, create, store_of
-from smoe_train.data import TokenStore, prepare
-from smoe_train.errors import CheckpointError, LaunchError, RecipeError
-from smoe_train.recipe import Recipe, flat, load_recipe
+from smoe_train.cli.run_folder import create, store_of
+from smoe_train.data import ExampleStore, Tokenizer, save_tokenizer
+from smoe_train.errors import CheckpointError, DataError, LaunchError, RecipeError
+from smoe_train.evaluation.results import RESULTS
+from smoe_train.recipe import RECIPE, TOKENIZER, Recipe, flat, load_recipe
 from smoe_train.reporting import METRICS, ROUTING, check_sinks
+from smoe_train.training.task_config import SequenceClassificationConfig
+
+if TYPE_CHECKING:
+    from smoe_train.assembly import AnyStore
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Start:
         checkpoint: What it continues from, or None to start anew; workers verify it.
         abandoned: Checkpoints of this run that are later than that one: another future, set aside.
         changes: Settings that differ from those it was started with.
+        tokenizer: The tokenizer of its data.
     """
 
     recipe: Recipe
@@ -33,11 +40,15 @@ class Start:
     checkpoint: Checkpoint | None
     abandoned: tuple[Path, ...]
     changes: tuple[str, ...]
+    tokenizer: Tokenizer
 
     @property
     def finished(self) -> bool:
-        """Whether there is no step left to train."""
-        return self.checkpoint is not None and self.checkpoint.step >= self.recipe.training.max_steps
+        """Whether there is no step left to train, and nothing to report."""
+        if self.checkpoint is None or self.checkpoint.step < self.recipe.training.max_steps:
+            return False
+        reports = isinstance(self.recipe.task, SequenceClassificationConfig)
+        return not reports or (self.run_folder / RESULTS).is_file()
 
     def nothing_to_do(self) -> str:
         """Returns what to tell about a finished run."""
@@ -68,14 +79,15 @@ def decide(recipe: Recipe, run_folder: Path, resume: str, world_size: int) -> St
         )
     checkpoint = _starting_point(run_folder, resume, recipe.training.max_steps)
     check_sinks(recipe.reporting)
-    tokens = _prepare(recipe)
-    build_batches(recipe, tokens, 0, world_size)
+    store = _prepare(recipe, _kept_tokenizer(recipe, run_folder) if checkpoint is not None else None)
+    tokenizer = store.tokenizer()
+    build_batches(recipe, store, 0, world_size)
     if checkpoint is None:
-        return Start(recipe, run_folder, None, (), ())
-    check_identity(recipe, tokens, checkpoint)
-    store = store_of(run_folder)
-    abandoned = tuple(store.later_than(checkpoint.step)) if resume != "auto" and store.holds(checkpoint) else ()
-    return Start(recipe, run_folder, checkpoint, abandoned, _changes(recipe, run_folder))
+        return Start(recipe, run_folder, None, (), (), tokenizer)
+    check_identity(recipe, store, checkpoint)
+    kept = store_of(run_folder)
+    abandoned = tuple(kept.later_than(checkpoint.step)) if resume != "auto" and kept.holds(checkpoint) else ()
+    return Start(recipe, run_folder, checkpoint, abandoned, _changes(recipe, run_folder), tokenizer)
 
 
 def begin(start: Start) -> None:
@@ -90,6 +102,10 @@ def begin(start: Start) -> None:
     if start.abandoned:
         _keep_records(start.run_folder)
     create(start.run_folder, start.recipe, keep_old=bool(start.changes))
+    try:
+        save_tokenizer(start.tokenizer, start.run_folder / TOKENIZER)
+    except OSError as error:
+        raise LaunchError(f"{start.run_folder}: cannot be written: {error.strerror}") from error
     for change in start.changes:
         _say(f"changed since the run was started: {change}")
 
@@ -128,18 +144,38 @@ def _starting_point(run_folder: Path, resume: str, max_steps: int) -> Checkpoint
     return None
 
 
-def _prepare(recipe: Recipe) -> TokenStore:
+def _kept_tokenizer(recipe: Recipe, run_folder: Path) -> Tokenizer | None:
+    """Returns the tokenizer in the run folder, if the recipe describes it as it did when the run was begun."""
+    from smoe_train.assembly import run_tokenizer
+
+    try:
+        before = load_recipe(str(run_folder / RECIPE), resolved=True).tokenizer
+        return run_tokenizer(run_folder) if before == recipe.tokenizer else None
+    except (RecipeError, DataError):
+        return None
+
+
+def _prepare(recipe: Recipe, tokenizer: Tokenizer | None) -> AnyStore:
     """Reads and tokenizes the data once, here, where a mistake ends in one message."""
-    tokens = prepare(recipe.data, recipe.tokenizer)
-    counts = ", ".join(f"{split} {len(tokens.tokens(split)):,}" for split in tokens.splits)
-    _say(f"data {recipe.data.source}: tokens {counts}")
-    return tokens
+    from smoe_train.assembly import prepare_data
+
+    store = prepare_data(recipe, tokenizer)
+    _say(f"data {recipe.data.source}: {_outline(store)}")
+    return store
+
+
+def _outline(store: AnyStore) -> str:
+    if isinstance(store, ExampleStore):
+        counts = ", ".join(f"{split} {len(store.split(split)):,}" for split in store.splits)
+        skipped = "".join(f"; skipped {count:,}: {reason}" for reason, count in store.record.skipped.items())
+        return f"{store.task.name}: examples {counts}{skipped}"
+    return "tokens " + ", ".join(f"{split} {len(store.tokens(split)):,}" for split in store.splits)
 
 
 def _changes(recipe: Recipe, run_folder: Path) -> tuple[str, ...]:
     """Returns which settings differ from the recipe that the run folder holds."""
     try:
-        before = flat(load_recipe(str(run_folder / RECIPE)).model_dump(mode="json"))
+        before = flat(load_recipe(str(run_folder / RECIPE), resolved=True).model_dump(mode="json"))
     except RecipeError:  # written by another version, or damaged; the checkpoint itself has been compared
         return (f"{RECIPE} of the run can no longer be read",) if (run_folder / RECIPE).is_file() else ()
     now = flat(recipe.model_dump(mode="json"))

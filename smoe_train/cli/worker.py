@@ -12,13 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from smoe_train.assembly import build_trainer, check_identity, open_journal, start_process
+from smoe_train.assembly import (
+    AnyStore,
+    build_trainer,
+    check_identity,
+    open_journal,
+    prepare_data,
+    report_task,
+    run_tokenizer,
+    start_process,
+)
 from smoe_train.checkpoint import Checkpoint, CheckpointStore
+from smoe_train.checkpoint.folders import CHECKPOINTS
 from smoe_train.cli.launch import die_with_parent, write_worker_error
-from smoe_train.cli.run_folder import LOGS, RECIPE
-from smoe_train.data import TokenStore, prepare
+from smoe_train.cli.run_folder import LOGS
+from smoe_train.data import ExampleStore
 from smoe_train.errors import SmoeError
-from smoe_train.recipe import Recipe, load_recipe
+from smoe_train.recipe import RECIPE, Recipe, load_recipe
 from smoe_train.reporting import environment, write_environment, write_report
 from smoe_train.training.stop import StopRequest
 from smoe_train.training.trainer import Trainer
@@ -39,24 +49,27 @@ def train_worker(run_folder: Path, resume: str, stop: StopRequest, process: Proc
         stop: Whether the run was asked to stop.
         process: This process, if it has been started already.
     """
-    recipe = load_recipe(str(run_folder / RECIPE))
+    recipe = load_recipe(str(run_folder / RECIPE), resolved=True)
     process = process or start_process(recipe)
-    trainer = build_trainer(recipe, process, run_folder, stop)
-    tokens = prepare(recipe.data, recipe.tokenizer)
+    store = CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last)
+    checkpoint = choose_checkpoint(store, resume)
+    trainer = build_trainer(recipe, process, run_folder, stop, resumes=checkpoint is not None)
+    data = prepare_data(recipe, run_tokenizer(run_folder))
     try:
-        checkpoint = choose_checkpoint(trainer.store, resume)
         if checkpoint is not None:
-            check_identity(recipe, tokens, checkpoint)
+            check_identity(recipe, data, checkpoint)
             trainer.resume(checkpoint)
         step = checkpoint.step if checkpoint is not None else None
         logger.info("rank %d of %d starts at step %d", process.rank, process.world_size, step or 0)
         if process.is_first:
-            _record_environment(recipe, tokens, run_folder, trainer)
+            _record_environment(recipe, data, run_folder, trainer)
             own = checkpoint is None or trainer.store.holds(checkpoint)
             trainer.journal = open_journal(recipe, run_folder, step if own else None)
             if step is not None:
                 trainer.journal.note(f"resumed from {checkpoint.path if checkpoint else ''}")
         trainer.train()
+        if isinstance(data, ExampleStore):
+            _report_task(trainer, recipe, data, run_folder)
     finally:
         if trainer.journal is not None:
             trainer.journal.close()
@@ -65,6 +78,19 @@ def train_worker(run_folder: Path, resume: str, stop: StopRequest, process: Proc
     process.barrier()
     trainer.engine.close()
     process.stop()
+
+
+def _report_task(trainer: Trainer, recipe: Recipe, data: ExampleStore, run_folder: Path) -> None:
+    """Evaluates the best checkpoint on the splits that are reported once."""
+    best = trainer.process.broadcast_object(trainer.store.find("best") if trainer.process.is_first else None)
+    checkpoint = Checkpoint.open(best)
+    results = report_task(trainer.model, recipe, data, checkpoint, run_folder, trainer.process)
+    if trainer.journal is not None:
+        shared = {"step": checkpoint.step, "tokens": trainer.state.tokens}
+        trainer.journal.metrics([{**shared, "split": one.split, "score": one.score, **one.metrics} for one in results])
+        for one in results:
+            figures = ", ".join(f"{name} {value:.4f} ({one.constant[name]:.4f})" for name, value in one.metrics.items())
+            trainer.journal.note(f"{one.split}, checkpoint of step {checkpoint.step}: {figures}; constant in brackets")
 
 
 def choose_checkpoint(store: CheckpointStore, resume: str) -> Checkpoint | None:
@@ -87,7 +113,7 @@ def _write_report(run_folder: Path) -> None:
         print(f"warning: no report: {error}; try `smoe-train report {run_folder}`", file=sys.stderr)
 
 
-def _record_environment(recipe: Recipe, tokens: TokenStore, run_folder: Path, trainer: Trainer) -> None:
+def _record_environment(recipe: Recipe, data: AnyStore, run_folder: Path, trainer: Trainer) -> None:
     topology = {
         "world_size": trainer.process.world_size,
         "expert_parallel_size": trainer.expert_parallel_size,
@@ -95,7 +121,7 @@ def _record_environment(recipe: Recipe, tokens: TokenStore, run_folder: Path, tr
         "precision": recipe.parallel.precision,
         "device": str(trainer.process.device),
     }
-    write_environment(run_folder, environment(topology, tokens.checksums()))
+    write_environment(run_folder, environment(topology, data.checksums()))
 
 
 def log_to(logs: Path) -> None:

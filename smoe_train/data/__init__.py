@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
+from smoe_train.data.example_store import ExampleStore, prepare_examples
 from smoe_train.data.examples import Example, LabelledCorpus, TaskInfo
 from smoe_train.data.loader_config import LoaderConfig
+from smoe_train.data.saved_tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
 from smoe_train.data.source import (
     SOURCES,
     SPLITS,
@@ -75,6 +77,7 @@ __all__ = [
     "Corpus",
     "EvaluationBatches",
     "Example",
+    "ExampleStore",
     "LabelledCorpus",
     "LabelledSource",
     "LoaderConfig",
@@ -96,7 +99,11 @@ __all__ = [
     "build_source",
     "build_tokenizer",
     "default_cache",
+    "load_tokenizer",
     "prepare",
+    "prepare_examples",
     "register_source",
     "register_tokenizer",
+    "save_tokenizer",
+    "tokenizer_files",
 ]

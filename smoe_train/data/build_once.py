@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -34,23 +35,40 @@ def build_once(final: Path, build: Callable[[Path], None], intact: Callable[[Pat
     if intact(final):
         return
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{final}.lock")
-        try:
-            lock.acquire(timeout=QUICK_SECONDS)
-        except Timeout:
-            logger.info("waiting for another process that builds %s", final)
-            lock.acquire()
-        try:
+        with exclusive(final):
             if not intact(final):
                 _build(final, build)
-        finally:
-            lock.release()
     except (OSError, NotImplementedError) as error:
-        raise DataError(
-            f"{final}: cannot be written: {error}; free some space, or set SMOE_TRAIN_CACHE to a folder on a local "
-            "disk that can be written"
-        ) from error
+        raise cannot_be_written(final, error) from error
+
+
+@contextmanager
+def exclusive(final: Path) -> Iterator[None]:
+    """Holds the lock of a file or folder that is made in the block, and makes the folder that it lies in.
+
+    Raises:
+        OSError: The folder or the lock cannot be written.
+        NotImplementedError: The file system has no locks.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{final}.lock")
+    try:
+        lock.acquire(timeout=QUICK_SECONDS)
+    except Timeout:
+        logger.info("waiting for another process that builds %s", final)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cannot_be_written(path: Path, error: Exception) -> DataError:
+    """Returns what to tell a user whose disk is full, or whose cache folder refuses to be written."""
+    return DataError(
+        f"{path}: cannot be written: {error}; free some space, or set SMOE_TRAIN_CACHE to a folder on a local disk "
+        "that can be written"
+    )
 
 
 def _build(final: Path, build: Callable[[Path], None]) -> None:

@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 TaskKind = Literal["classification", "regression"]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+ExampleSplitName = Literal["train", "dev", "dev_mismatched", "test", "test_mismatched"]
+EXAMPLE_SPLITS: tuple[ExampleSplitName, ...] = get_args(ExampleSplitName)
 
 TRAIN = "train"
 DEV = "dev"

@@ -10,6 +10,7 @@ import hashlib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, TypeVar, get_args
@@ -94,7 +95,8 @@ class Corpus:
                 raise DataError(
                     f"{name}: the {split_name} split is empty; it needs more text or another division of it"
                 )
-        return cls(name, {key: splits[key] for key in SPLITS if key in splits}, fingerprint(contents), per_word)
+        ordered = {key: splits[key] for key in SPLITS if key in splits}
+        return cls(name, ordered, fingerprint(contents, ordered), per_word)
 
 
 def checksum(chunks: Iterable[bytes], algorithm: Literal["sha256", "md5"] = "sha256") -> tuple[int, str]:
@@ -106,13 +108,15 @@ def checksum(chunks: Iterable[bytes], algorithm: Literal["sha256", "md5"] = "sha
     return num_bytes, digest.hexdigest()
 
 
-def fingerprint(contents: Mapping[SplitName, tuple[int, str]]) -> str:
-    """Returns a sha256 over the size and sha256 of each split, so that moving a boundary changes it too."""
+def fingerprint(contents: Mapping[SplitName, tuple[int, str]], splits: Mapping[SplitName, Split]) -> str:
+    """Returns a sha256 over the size, sha256 and document ends of each split, so that moving a boundary changes it."""
     digest = hashlib.sha256()
     for name in SPLITS:
         if name in contents:
             num_bytes, sha256 = contents[name]
             digest.update(f"{name} {num_bytes} {sha256}\n".encode())
+            if (ends := splits[name].document_ends) is not None:
+                digest.update(f"documents {hashlib.sha256(ends.astype('<i8').tobytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -228,30 +232,50 @@ class StoredFile:
         return _read_file(self, 0, self.num_bytes)
 
 
-def byte_range(files: Sequence[StoredFile], start: int, stop: int) -> Split:
-    """Returns bytes [start, stop) of the concatenated files as a split."""
+def byte_range(files: Sequence[StoredFile], start: int, stop: int, documents: bool = False) -> Split:
+    """Returns bytes [start, stop) of the concatenated files as a split.
+
+    Args:
+        files: The files.
+        start: First byte.
+        stop: Byte behind the last.
+        documents: Whether each file is a document of its own, rather than all together one text.
+    """
+    ends = np.cumsum([file.num_bytes for file in files], dtype=np.int64)
 
     def read() -> Iterator[bytes]:
-        offset = 0
-        for file in files:
+        for file, end in zip(files, ends.tolist(), strict=True):
+            offset = end - file.num_bytes
             first, last = max(start - offset, 0), min(stop - offset, file.num_bytes)
             if first < last:
                 yield from _read_file(file, first, last)
-            offset += file.num_bytes
 
-    return Split(stop - start, read)
+    def place(offset: int) -> str:
+        i = min(int(np.searchsorted(ends, start + offset, "right")), len(files) - 1)
+        return f"{files[i].name}, byte {start + offset - int(ends[i]) + files[i].num_bytes:,}"
+
+    # Files without a byte are no documents; the last one may be cut.
+    document_ends = np.unique(np.clip(ends[ends > start], None, stop) - start) if documents else None
+    return Split(stop - start, read, document_ends, place)
+
+
+@contextmanager
+def reading(file: StoredFile) -> Iterator[IO[bytes]]:
+    """Opens a file; what goes wrong in the block because the file cannot be read, or is damaged, is a DataError."""
+    try:
+        with file.open() as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, BadZipFile) as error:
+        raise DataError(f"{file.name}: cannot be read: {error}") from error
 
 
 def _read_file(file: StoredFile, first: int, last: int) -> Iterator[bytes]:
-    try:
-        with file.open() as stream:
-            stream.seek(first)
-            left = last - first
-            while left:
-                chunk = stream.read(min(CHUNK_BYTES, left))
-                if not chunk:
-                    raise DataError(f"{file.name}: ends {left:,} bytes early; it was cut while it was read")
-                left -= len(chunk)
-                yield chunk
-    except (OSError, EOFError, zlib.error, BadZipFile) as error:
-        raise DataError(f"{file.name}: cannot be read: {error}") from error
+    with reading(file) as stream:
+        stream.seek(first)
+        left = last - first
+        while left:
+            chunk = stream.read(min(CHUNK_BYTES, left))
+            if not chunk:
+                raise DataError(f"{file.name}: ends {left:,} bytes early; it was cut while it was read")
+            left -= len(chunk)
+            yield chunk

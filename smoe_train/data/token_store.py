@@ -2,54 +2,61 @@
 
 A store belongs to one corpus (by the digest of its contents), one tokenizer and one format version; all three make up
 its folder's name, so a changed text gets a new store and never an old one. `known_corpora` says when the text itself
-need not be read to know its digest.
+need not be read to know its digest. The tokenizer lies in the store, so tokens can be read when its own files are gone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, ValidationError
 
-from smoe_train.config import StrictModel
 from smoe_train.data.build_once import build_once
 from smoe_train.data.known_corpora import recall, remember, take_stamp
+from smoe_train.data.pieces import placed
+from smoe_train.data.saved_tokenizer import FOLDER, load_tokenizer, ready_tokenizer, save_tokenizer
+from smoe_train.data.saved_tokenizer import read_record as read_tokenizer_record
 from smoe_train.data.source import (
     SPLITS,
     Corpus,
+    Offsets,
     SourceConfig,
-    Split,
     SplitName,
-    StoredFile,
     TextSource,
     build_source,
-    checksum,
     fingerprint,
 )
-from smoe_train.data.tokenizer import TokenArray, TokenDtype, Tokenizer, TokenizerConfig, build_tokenizer
+from smoe_train.data.split_writer import SplitRecord, SplitWriter
+from smoe_train.data.store_files import (
+    REMEDY,
+    FileRecord,
+    FormatRecord,
+    check_sizes,
+    map_array,
+    read_record,
+    verify_files,
+    write_record,
+)
+from smoe_train.data.tokenizer import (
+    TokenArray,
+    TokenDtype,
+    Tokenizer,
+    TokenizerConfig,
+    TrainingText,
+    build_tokenizer,
+)
+from smoe_train.data.words import WordCounter
 from smoe_train.errors import DataError
 
-FORMAT_VERSION = 1
-RECORD = "store.json"
+FORMAT_VERSION = 2
 
 
-class SplitRecord(StrictModel):
-    """What a store's record says of one split."""
-
-    tokens: int = Field(gt=0)
-    bytes: int = Field(gt=0)
-    sha256: str
-
-
-class StoreRecord(StrictModel):
+class StoreRecord(FormatRecord):
     """The contents of ``store.json``."""
 
-    format_version: int
     source: str
     corpus: str
     tokenizer: str
@@ -77,25 +84,11 @@ class TokenStore:
         Raises:
             DataError: It is absent, incomplete, damaged, or of another format version.
         """
-        remedy = "remove the folder and prepare the data again"
-        try:
-            record = StoreRecord.model_validate_json((folder / RECORD).read_bytes())
-        except OSError as error:
-            raise DataError(f"{folder}: is not a token store: {RECORD}: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise DataError(f"{folder / RECORD}: is damaged: {first['msg']}; {remedy}") from error
-        if record.format_version != FORMAT_VERSION:
-            raise DataError(
-                f"{folder}: has format {record.format_version}, this version reads {FORMAT_VERSION}; {remedy}"
-            )
+        record = read_record(StoreRecord, folder, "a token store", FORMAT_VERSION)
         store = cls(folder, record)
-        for name, split in record.splits.items():
-            expected = split.tokens * np.dtype(record.dtype).itemsize
-            path = store.path(name)
-            actual = path.stat().st_size if path.is_file() else 0
-            if actual != expected:
-                raise DataError(f"{path}: has {actual:,} bytes instead of {expected:,}; {remedy}")
+        check_sizes(folder, store._files())
+        if read_tokenizer_record(folder / FOLDER).fingerprint != record.tokenizer:
+            raise DataError(f"{folder / FOLDER}: is not the tokenizer of this store; {REMEDY}")
         return store
 
     @property
@@ -104,8 +97,12 @@ class TokenStore:
         return tuple(name for name in SPLITS if name in self.record.splits)
 
     def path(self, split: SplitName) -> Path:
-        """Returns the file of a split."""
+        """Returns the file of a split's tokens."""
         return self.folder / f"{split}.bin"
+
+    def documents_path(self, split: SplitName) -> Path:
+        """Returns the file of a split's document ends."""
+        return self.folder / f"{split}.documents.bin"
 
     def tokens(self, split: SplitName) -> TokenArray:
         """Returns the ids of a split as a read-only memory map, 1-D, of the record's dtype.
@@ -114,8 +111,44 @@ class TokenStore:
             DataError: There is no such split.
         """
         self._split(split)
-        dtype = np.dtype(self.record.dtype).newbyteorder("<")
-        return np.memmap(self.path(split), dtype=dtype, mode="r")
+        return map_array(self.path(split), self.record.dtype)
+
+    def document_ends(self, split: SplitName) -> Offsets | None:
+        """Returns where documents end as a read-only memory map, or None if the source knows no documents.
+
+        Returns:
+            Ascending offsets into `tokens`, int64, 1-D, of which the last is the number of tokens. Documents without a
+            token are left out.
+
+        Raises:
+            DataError: There is no such split.
+        """
+        if self._split(split).documents is None:
+            return None
+        return map_array(self.documents_path(split), np.int64)
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer that the tokens were made by.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        return load_tokenizer(self.folder / FOLDER)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different ids of the tokenizer."""
+        return self.record.vocab_size
+
+    def num_words(self, split: SplitName) -> int | None:
+        """Returns the words and lines of the text, or None if the source's figures are not given per word.
+
+        Perplexity per word is ``exp(nats / words)``, with the nats of the whole split, whatever the tokenizer.
+
+        Raises:
+            DataError: There is no such split.
+        """
+        return self._split(split).words
 
     def num_bytes(self, split: SplitName) -> int:
         """Returns the size of the text that a split's tokens stand for; bits per byte divide by it.
@@ -136,14 +169,17 @@ class TokenStore:
         Raises:
             DataError: A file is damaged.
         """
-        for name in self.splits:
-            file = StoredFile.at(self.path(name))
-            _, sha256 = checksum(file.chunks())
-            if sha256 != self.record.splits[name].sha256:
-                raise DataError(
-                    f"{file.name}: is damaged: sha256 {sha256} instead of {self.record.splits[name].sha256}; "
-                    "remove the folder and prepare the data again"
-                )
+        verify_files(self.folder, self._files())
+        self.tokenizer()
+
+    def _files(self) -> dict[str, FileRecord]:
+        itemsize = np.dtype(self.record.dtype).itemsize
+        files: dict[str, FileRecord] = {}
+        for name, split in self.record.splits.items():
+            files[self.path(name).name] = FileRecord(bytes=split.tokens * itemsize, sha256=split.sha256)
+            if split.documents is not None:
+                files[self.documents_path(name).name] = split.documents
+        return files
 
     def _split(self, name: SplitName) -> SplitRecord:
         if name not in self.record.splits:
@@ -161,23 +197,33 @@ def default_cache() -> Path:
 
 
 def prepare(
-    source_config: SourceConfig, tokenizer_config: TokenizerConfig, cache_root: Path | None = None
+    source_config: SourceConfig, tokenizer: TokenizerConfig | Tokenizer, cache_root: Path | None = None
 ) -> TokenStore:
     """Returns the token store of a source, building it if it is not there yet; any number of processes may ask.
 
+    Args:
+        source_config: Options of the source, which holds running text.
+        tokenizer: Its options, or one that exists already, such as a checkpoint's.
+        cache_root: Cache folder, `default_cache` if None.
+
     Raises:
-        DataError: The text cannot be had, or the cache cannot be written.
+        DataError: The text cannot be had or not be tokenized, or the cache cannot be written.
     """
     cache = default_cache() if cache_root is None else cache_root
-    source, tokenizer = build_source(source_config), build_tokenizer(tokenizer_config)
+    source = build_source(source_config)
     assert isinstance(source, TextSource), f"{source_config.source} holds labelled examples"
     before = take_stamp(source, cache)
     known = recall(before, cache)
-    if known is not None and _intact(folder := store_folder(source_config.source, known, tokenizer, cache)):
-        return TokenStore.open(folder)
+    if known is not None:
+        ready = tokenizer if isinstance(tokenizer, Tokenizer) else ready_tokenizer(tokenizer, known, cache)
+        if ready is not None and _intact(folder := store_folder(source_config.source, known, ready, cache)):
+            return TokenStore.open(folder)
     corpus = source.load(cache)
-    folder = store_folder(corpus.name, corpus.fingerprint, tokenizer, cache)
-    build_once(folder, lambda empty: write_store(empty, corpus, tokenizer), _intact)
+    if isinstance(tokenizer, TokenizerConfig):
+        tokenizer = build_tokenizer(tokenizer, TrainingText(corpus.splits["train"], corpus.fingerprint, cache))
+    made = tokenizer
+    folder = store_folder(corpus.name, corpus.fingerprint, made, cache)
+    build_once(folder, lambda empty: write_store(empty, corpus, made), _intact)
     remember(before, take_stamp(source, cache), corpus.fingerprint, cache)
     return TokenStore.open(folder)
 
@@ -192,13 +238,15 @@ def write_store(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """Writes all files of a store into an empty folder.
 
     Raises:
-        DataError: The text is not the one that the fingerprint was taken of.
+        DataError: The text is not the one that the fingerprint was taken of, or the tokenizer cannot take it.
     """
     splits: dict[SplitName, SplitRecord] = {}
     contents: dict[SplitName, tuple[int, str]] = {}
     for name, split in corpus.splits.items():
-        splits[name], contents[name] = _write_split(folder / f"{name}.bin", split, tokenizer)
-    if fingerprint(contents) != corpus.fingerprint:
+        writer = SplitWriter(folder, name, split, tokenizer, WordCounter() if corpus.per_word else None)
+        with placed(split, f"{corpus.name}: {name} split"):
+            splits[name], contents[name] = writer.write()
+    if fingerprint(contents, corpus.splits) != corpus.fingerprint:
         raise DataError(f"{corpus.name}: the text was changed while it was read; try again")
     record = StoreRecord(
         format_version=FORMAT_VERSION,
@@ -209,38 +257,8 @@ def write_store(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
         dtype=tokenizer.dtype,
         splits=splits,
     )
-    (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-class _Watched:
-    """Passes chunks through and takes their size and digest."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self.chunks = chunks
-        self.num_bytes = 0
-        self.digest = hashlib.sha256()
-
-    def __iter__(self) -> Iterator[bytes]:
-        for chunk in self.chunks:
-            self.num_bytes += len(chunk)
-            self.digest.update(chunk)
-            yield chunk
-
-
-def _write_split(path: Path, split: Split, tokenizer: Tokenizer) -> tuple[SplitRecord, tuple[int, str]]:
-    text, digest, tokens = _Watched(split.read()), hashlib.sha256(), 0
-    dtype = np.dtype(tokenizer.dtype)
-    with path.open("wb") as file:
-        for ids, _ in tokenizer.encode(text):
-            assert ids.dtype == dtype, f"{type(tokenizer).__name__} yields {ids.dtype}, not {dtype}"
-            data = ids.astype(dtype.newbyteorder("<"), copy=False).tobytes()
-            digest.update(data)
-            file.write(data)
-            tokens += len(ids)
-    if not tokens:
-        raise DataError(f"{path.stem}: the split has {split.num_bytes:,} bytes but not one token; it needs more text")
-    record = SplitRecord(tokens=tokens, bytes=text.num_bytes, sha256=digest.hexdigest())
-    return record, (text.num_bytes, text.digest.hexdigest())
+    save_tokenizer(tokenizer, folder / FOLDER)
+    write_record(folder, record)
 
 
 def _intact(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """Text to token ids and back: the tokenizer contract and the table of tokenizers.
 
-Each tokenizer is one file in ``tokenizers/``.
+Each tokenizer is one file in ``tokenizers/``; `saved_tokenizer` keeps them on disk.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class TokenizerConfig(StrictModel):
     def learns(self) -> bool:
         """Returns whether the tokenizer is made from the training split, for lack of a file that it is read from."""
         return False
+
+    def nominal_vocab_size(self) -> int | None:
+        """Returns the number of ids that learning ends with, or None where the text decides it."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Tokenizer(ABC):
             DataError: A file is missing or damaged, or there is not enough text.
         """
 
+    @classmethod
+    def learner(cls) -> str:
+        """Returns the name and version of what learns; after a change of it, tokenizers are learnt anew."""
+        return ""
+
     @property
     @abstractmethod
     def vocab_size(self) -> int:
@@ -84,6 +93,11 @@ class Tokenizer(ABC):
     @property
     def end_of_document_id(self) -> int | None:
         """Id put behind each document of a text, or None if the tokenizer has none."""
+        return None
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of what the vocabulary lacks, or None if it lacks nothing."""
         return None
 
     @abstractmethod

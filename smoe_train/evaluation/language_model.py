@@ -1,4 +1,9 @@
-"""Cross-entropy, bits per byte and perplexity over a whole split, on all ranks in lockstep, at any k."""
+"""Cross-entropy, bits per byte and perplexity over a whole split, on all ranks in lockstep, at any k.
+
+Perplexity by word is ``exp(loss * tokens / words)``: the information of all the split's tokens, spread over the words
+of the original text (between white space, and one for each end of a line). It compares models with different
+tokenizers. The split's first token, which is not predicted, counts as much as the others do on average.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,19 @@ StatSums = dict[int, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class TextFigures:
+    """What the tokens of a split stand for.
+
+    Attributes:
+        bytes_per_token: Bytes of the original text that a token stands for on average.
+        tokens_per_word: Tokens of a word on average; None where figures by word are not usual for the data.
+    """
+
+    bytes_per_token: float
+    tokens_per_word: float | None = None
+
+
+@dataclass(frozen=True)
 class LanguageModelScore:
     """How well a model predicts a split.
 
@@ -26,6 +44,7 @@ class LanguageModelScore:
         loss: Mean cross-entropy (nats a token).
         bits_per_byte: Information the model needs for a byte of the original text.
         perplexity: exp(loss), per token.
+        word_perplexity: Per word of the original text, whatever the tokenizer; None where the data has no such figure.
         tokens: Predicted tokens.
         routing: Summed routing statistics of each MoE layer, on the device.
     """
@@ -34,17 +53,20 @@ class LanguageModelScore:
     loss: float
     bits_per_byte: float
     perplexity: float
+    word_perplexity: float | None
     tokens: int
     routing: StatSums = field(default_factory=dict, repr=False, compare=False)
 
     def to_json(self) -> dict[str, float | int]:
         """Returns the figures by name."""
+        by_word = {} if self.word_perplexity is None else {"word_perplexity": self.word_perplexity}
         return {
             "top_k": self.top_k,
             "loss": self.loss,
             "bits_per_byte": self.bits_per_byte,
             "perplexity": self.perplexity,
-            "tokens": self.tokens,
+            **by_word,
+            "evaluated_tokens": self.tokens,
         }
 
 
@@ -52,7 +74,7 @@ def evaluate_language_model(
     model: nn.Module,
     batches: EvaluationBatches,
     knobs: Sequence[Knobs],
-    bytes_per_token: float,
+    text: TextFigures,
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = same_on_one_rank,
 ) -> list[LanguageModelScore]:
@@ -65,7 +87,7 @@ def evaluate_language_model(
         model: A causal language model of this package.
         batches: This rank's share of the split.
         knobs: What to run the model with, one pass each; they differ in k.
-        bytes_per_token: Bytes of original text that a token stands for on average.
+        text: What the split's tokens stand for.
         device: Where to compute.
         sum_over_ranks: Adds a tensor up over the ranks.
     """
@@ -78,24 +100,25 @@ def evaluate_language_model(
             batch = host_batch.to(device)
             # Only the last batch holds padding, on any rank. The ranks must agree on whether there is a mask, since
             # counting its tokens is a collective; without one, attention takes the kernel it takes in training.
-            mask = batch.token_mask_BS if index + 1 == len(batches) else None
+            mask = batch.token_mask_BS if batch.has_padding or index + 1 == len(batches) else None
             for one in {one.top_k: one for one in knobs}.values():
                 top_k = one.top_k
                 output = model(
                     input_ids=batch.input_ids_BS,
                     attention_mask=mask,
+                    document_ids=batch.document_BS,
                     knobs=one,
                     sample_index=batch.sample_index_B,
                     use_cache=False,
                 )
-                labels = batch.labels_BS.flatten()
+                labels = batch.labels.flatten()
                 loss = F.cross_entropy(
                     output.logits.flatten(0, 1).float(), labels, ignore_index=IGNORED_LABEL, reduction="sum"
                 )
                 sums[top_k] += torch.stack([loss.double(), (labels != IGNORED_LABEL).sum().double()])
                 add_stats(routing[top_k], output.routing_stats)
     model.train(was_training)
-    return [_score(one.top_k, sum_over_ranks(sums[one.top_k]), bytes_per_token, routing[one.top_k]) for one in knobs]
+    return [_score(one.top_k, sum_over_ranks(sums[one.top_k]), text, routing[one.top_k]) for one in knobs]
 
 
 def add_stats(sums: StatSums, stats: Mapping[int, Mapping[str, Tensor]] | None) -> None:
@@ -106,8 +129,13 @@ def add_stats(sums: StatSums, stats: Mapping[int, Mapping[str, Tensor]] | None) 
             target[name] = target[name] + value if name in target else value
 
 
-def _score(top_k: int, sums: Tensor, bytes_per_token: float, routing: StatSums) -> LanguageModelScore:
+def _score(top_k: int, sums: Tensor, text: TextFigures, routing: StatSums) -> LanguageModelScore:
     total, tokens = sums.tolist()
     loss = total / max(tokens, 1.0)
-    bits = loss / math.log(2.0) / bytes_per_token
-    return LanguageModelScore(top_k, loss, bits, math.exp(min(loss, 700.0)), int(tokens), routing)
+    by_word = None if text.tokens_per_word is None else _exp(loss * text.tokens_per_word)
+    bits = loss / math.log(2.0) / text.bytes_per_token
+    return LanguageModelScore(top_k, loss, bits, _exp(loss), by_word, int(tokens), routing)
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -33,7 +34,7 @@ class MoeConfig(StrictModel):
 
 
 class ModelConfig(StrictModel):
-    """A decoder-only transformer."""
+    """A transformer."""
 
     d_model: int = Field(256, ge=1)
     """Width of the residual stream."""
@@ -68,14 +69,15 @@ class ModelConfig(StrictModel):
         """Returns the indices of the MoE layers in order."""
         return tuple(range(self.num_layers)) if self.moe.layers == "all" else tuple(sorted(self.moe.layers))
 
-    def problems(self, top_k_values: frozenset[int], max_steps: int) -> list[tuple[str, str]]:
+    def problems(self, top_k_values: frozenset[int], max_steps: int, causal: bool = True) -> list[tuple[str, str]]:
         """Returns (key, message) for settings that contradict each other or have no effect.
 
         Args:
             top_k_values: Every k that training will use.
             max_steps: Optimizer steps of training.
+            causal: Whether tokens must not depend on later ones.
         """
-        return [*self._shape_problems(), *self._moe_problems(top_k_values, max_steps)]
+        return [*self._shape_problems(), *self._moe_problems(top_k_values, max_steps, causal)]
 
     def _shape_problems(self) -> list[tuple[str, str]]:
         found = []
@@ -90,7 +92,7 @@ class ModelConfig(StrictModel):
             found.append(("d_ff", "has no effect when every layer is MoE; set moe.d_ff, or choose moe.layers"))
         return found
 
-    def _moe_problems(self, top_k_values: frozenset[int], max_steps: int) -> list[tuple[str, str]]:
+    def _moe_problems(self, top_k_values: frozenset[int], max_steps: int, causal: bool) -> list[tuple[str, str]]:
         moe, found = self.moe, []
         layers = self.moe_layers()
         if any(not 0 <= layer < self.num_layers for layer in layers) or len(set(layers)) < len(layers):
@@ -101,7 +103,7 @@ class ModelConfig(StrictModel):
         if too_many:
             key = "moe.top_k" if moe.top_k in too_many else "moe.num_experts"
             found.append((key, f"k = {too_many[-1]} exceeds num_experts {moe.num_experts}"))
-        plan = RouterPlan(top_k_values, moe.num_experts, max_steps)
+        plan = RouterPlan(top_k_values, moe.num_experts, max_steps, causal)
         found.extend(("moe.router", problem) for problem in moe.router.problems(plan))
         available = ROUTERS.get(moe.router.type).router.losses_of(moe.router)
         for loss, coefficient in (("load_balance_loss", "load_balance_coefficient"), ("z_loss", "z_loss_coefficient")):
@@ -109,3 +111,24 @@ class ModelConfig(StrictModel):
             if loss not in available and value not in (0.0, default):
                 found.append((f"moe.{coefficient}", f"has no effect: {moe.router.type} has no {loss}"))
         return found
+
+
+def section_of(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recipe's model section of an exported ``config.json``, the inverse of `SmoeConfig.create`."""
+    same = [name for name in ModelConfig.model_fields if name in flat]
+    layers = list(flat["moe_layers"])
+    dense = len(layers) < flat["num_layers"]
+    return {
+        **{name: flat[name] for name in same if name != "d_ff"},
+        **({"d_ff": flat["d_ff"]} if dense else {}),
+        "tie_embeddings": flat["tie_word_embeddings"],
+        "moe": {
+            "layers": layers,
+            "num_experts": flat["num_experts"],
+            "d_ff": flat["d_ff_expert"],
+            "top_k": flat["num_experts_per_tok"],
+            "load_balance_coefficient": flat["load_balance_coefficient"],
+            "z_loss_coefficient": flat["z_loss_coefficient"],
+            "router": flat["router"],
+        },
+    }

@@ -113,7 +113,8 @@ class SmoeConfig(PreTrainedConfig):  # type: ignore[misc]
             "label2id": {label: i for i, label in enumerate(labels or ("value",))},
             "problem_type": "single_label_classification" if labels else "regression",
         }
-        return SmoeConfig.from_dict(values)
+        config: SmoeConfig = SmoeConfig.from_dict(values)
+        return config
 
     def router_options(self) -> RouterConfig:
         """Returns the routing policy's options."""

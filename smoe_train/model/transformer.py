@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_sdpa = True
     supports_gradient_checkpointing = False
     _initial_names: dict[int, str] | None = None
+    frozen_parts: frozenset[str] = frozenset()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers takes a module whose own parameters are all loaded for loaded, and so one that has none, as a
@@ -109,6 +110,14 @@ class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             if name in blank and not blank[name].requires_grad:
                 parameter.requires_grad_(False)
         return loaded
+
+    def freeze(self, parts: Iterable[str]) -> None:
+        """Excludes parts from training: ``router`` (which then adapts no more either), ``experts``, ``embeddings``."""
+        self.frozen_parts = self.frozen_parts | set(parts)
+        for module in self.modules():
+            part = {Router: "router", StackedExperts: "experts", nn.Embedding: "embeddings"}
+            if any(isinstance(module, kind) and name in self.frozen_parts for kind, name in part.items()):
+                module.requires_grad_(False)
 
     def recompute_activations(self, enabled: bool = True) -> None:
         """Chooses whether attention and experts are computed again in the backward pass instead of stored."""

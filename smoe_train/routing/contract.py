@@ -25,11 +25,13 @@ class RouterPlan:
         top_k_values: Every k that training will use.
         num_experts: E.
         max_steps: Optimizer steps of training.
+        causal: Whether tokens must not depend on later ones.
     """
 
     top_k_values: frozenset[int]
     num_experts: int
     max_steps: int
+    causal: bool = True
 
 
 class RouterConfig(StrictModel):
@@ -99,7 +101,8 @@ class Context:
         sequence_length: Consecutive tokens that are one sequence (T is a multiple of it); None if T tokens are one.
         token_mask_T: True for real tokens; None if all are real. Padding is routed nowhere and counts nowhere.
         token_index_T: int64, index of each token within the global batch of the step.
-        tokens_per_rank: Real tokens of this pass, averaged over the ranks (0-dim fp32); None if it is T everywhere.
+        tokens_per_rank: Real tokens, averaged over the ranks (0-dim fp32), and over the step's micro-batches where that
+            is known; None if it is T everywhere.
         sum_over_ranks: Adds a detached tensor up over all data-parallel ranks.
         num_ranks: Number of data-parallel ranks.
         step_totals: Sums over all micro-batches of the step, if they are known or being collected.

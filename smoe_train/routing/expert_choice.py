@@ -38,12 +38,14 @@ class ExpertChoiceConfig(RouterConfig):
     def problems(self, plan: RouterPlan) -> list[str]:
         """A causal language model must not see later tokens, unless that is what is wanted."""
         found = []
-        if not self.allow_future_leak:
+        if plan.causal and not self.allow_future_leak:
             found.append(
                 "expert_choice looks at later tokens, so a causal language model would see a little of what it "
                 "predicts: its losses are not comparable and it cannot generate; use another router, or set "
                 "allow_future_leak: true if that is understood"
             )
+        if self.allow_future_leak and not plan.causal:
+            found.append("allow_future_leak: has no effect, since every token may see the later ones; leave it out")
         if self.max_experts_per_token is not None and self.max_experts_per_token >= plan.num_experts:
             found.append(f"max_experts_per_token: has no effect with num_experts {plan.num_experts}; leave it out")
         return found

@@ -40,7 +40,7 @@ class Meter:
     def add(self, objective: Objective) -> None:
         """Takes in one micro-batch."""
         router_losses = {name: value.detach() for name, value in (objective.output.router_losses or {}).items()}
-        self._micro.append({"loss": objective.task, **router_losses})
+        self._micro.append({"loss": objective.task.detach(), **router_losses})
         add_stats(self._step_stats, objective.output.routing_stats)
 
     def end_step(self, facts: Mapping[str, Any], weights: Mapping[str, float]) -> StatSums:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from smoe_train.data.loader import MicroBatch
 from smoe_train.errors import CheckFailedError
-from smoe_train.model import SmoeForCausalLM, SmoePreTrainedModel, StackedExperts, language_model_loss
+from smoe_train.model import SmoePreTrainedModel, StackedExperts
 from smoe_train.model.moe import MoeLayer
 from smoe_train.routing import Context
 from smoe_train.routing.contract import same_on_one_rank
 from smoe_train.schedules import Curriculum, Knobs
+from smoe_train.training.objectives import MakeObjective
 
 TASK = "task"
 Captured = dict[int, tuple[Tensor, Tensor, Context]]
@@ -34,9 +35,10 @@ class GradientCheck(NamedTuple):
 
 
 def check_gradients(
-    model: SmoeForCausalLM,
+    model: SmoePreTrainedModel,
     batch: MicroBatch,
     curriculum: Curriculum,
+    objective: MakeObjective,
     sum_over_ranks: Callable[[Tensor], Tensor] = same_on_one_rank,
 ) -> GradientCheck:
     """Checks that every loss reaches the parameters it should, and of its own layer no others.
@@ -51,6 +53,7 @@ def check_gradients(
         model: In any precision, inside an engine or not.
         batch: One micro-batch.
         curriculum: Where experts compete in some steps, such a step is checked too.
+        objective: What the model is trained on.
         sum_over_ranks: Adds a tensor up over the ranks.
     """
     found, idle = list[str](), set[str]()
@@ -65,12 +68,12 @@ def check_gradients(
     model.train()
     with _same_dropout(batch.input_ids_BS.device):
         for kind, knobs in passes.items():
-            for layer, (x_TD, token_ids_T, context) in _layer_inputs(model, batch, knobs).items():
+            for layer, (x_TD, token_ids_T, context) in _layer_inputs(model, batch, objective, knobs).items():
                 moe = model.moe_layers()[layer]
                 messages, not_judged = _layer_problems(moe, x_TD, token_ids_T, context, sum_over_ranks)
                 found += [f"layer {layer}{kind}: {message}" for message in messages]
                 idle |= {f"{name} in layer {layer}{kind}" for name in not_judged}
-        found += _task_problems(model, batch, first)
+        found += _task_problems(model, batch, objective, first)
     model.train(was_training)
     return GradientCheck(found, sorted(idle))
 
@@ -156,7 +159,7 @@ def _same_dropout(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _layer_inputs(model: SmoeForCausalLM, batch: MicroBatch, knobs: Knobs) -> Captured:
+def _layer_inputs(model: SmoePreTrainedModel, batch: MicroBatch, objective: MakeObjective, knobs: Knobs) -> Captured:
     """Returns what each MoE layer is called with in a forward pass without gradients."""
     captured: Captured = {}
     hooks = [
@@ -165,7 +168,7 @@ def _layer_inputs(model: SmoeForCausalLM, batch: MicroBatch, knobs: Knobs) -> Ca
     ]
     try:
         with torch.no_grad():
-            model(input_ids=batch.input_ids_BS, knobs=knobs, sample_index=batch.sample_index_B, use_cache=False)
+            objective(model, batch, knobs, None)
     finally:
         for hook in hooks:
             hook.remove()
@@ -185,13 +188,16 @@ def _layer_problems(
     declared = moe.router.trained_by(context)
     reaching = moe.router.losses_reaching_experts(context) | {TASK}
     own = {name: p for name, p in moe.router.named_parameters() if p.requires_grad}
-    experts = dict(moe.bank.experts.named_parameters())
+    experts = {name: p for name, p in moe.bank.experts.named_parameters() if p.requires_grad}
     found = [f"{name} is declared by the router but was not returned" for name in declared if name not in losses]
+    declared = {name: frozenset(names) & own.keys() for name, names in declared.items()}  # without what is frozen
+    if not own and not experts:
+        return found, []
     idle: list[str] = []
     chooses = moe.router.shape.num_experts > 1  # with one expert there is nothing to learn
     for name, loss in losses.items():
         if not loss.requires_grad:
-            if declared.get(name) or name == TASK:
+            if declared.get(name) or (name in reaching and experts):
                 found.append(f"{name} has no gradient at all, but should train {sorted(declared.get(name, ()))}")
             continue
         at_work = bool(sum_over_ranks(loss.detach().abs().float()) > 0)
@@ -211,9 +217,8 @@ def _layer_problems(
     return found, idle
 
 
-def _task_problems(model: SmoeForCausalLM, batch: MicroBatch, knobs: Knobs) -> list[str]:
-    output = model(input_ids=batch.input_ids_BS, knobs=knobs, sample_index=batch.sample_index_B, use_cache=False)
-    loss = language_model_loss(output.logits, batch.labels_BS)
+def _task_problems(model: SmoePreTrainedModel, batch: MicroBatch, objective: MakeObjective, knobs: Knobs) -> list[str]:
+    loss = objective(model, batch, knobs, None).task
     # Routers and experts have been checked layer by layer.
     in_layers = {id(p) for m in model.modules() if isinstance(m, MoeLayer) for p in m.parameters()}
     checked = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in in_layers}

@@ -14,13 +14,14 @@ class TrainState:
     Attributes:
         step: Optimizer steps taken; also the position in the data, whose order is a function of (seed, step).
         tokens: Tokens trained on.
-        best_loss: Lowest validation loss so far (nats a token), or None before the first validation.
+        best_cost: Lowest cost of a validation so far: its loss, or the negative score of a classifier; None before the
+            first.
         best_step: Its step.
     """
 
     step: int = 0
     tokens: int = 0
-    best_loss: float | None = None
+    best_cost: float | None = None
     best_step: int | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from smoe_train.checkpoint import Checkpoint, CheckpointStore, collect, restore
-from smoe_train.data.loader import EvaluationBatches, Indices, MicroBatch, TrainBatches
+from smoe_train.data.loader import Indices, MicroBatch, TrainBatches
 from smoe_train.errors import RunFailedError, RunStoppedError
-from smoe_train.evaluation import LanguageModelScore, StatSums, evaluate_language_model
+from smoe_train.evaluation import StatSums
 from smoe_train.model import SmoePreTrainedModel
 from smoe_train.reporting import Journal
 from smoe_train.routing import StepTotals
@@ -23,14 +23,12 @@ from smoe_train.training.complexity import SampleOrder
 from smoe_train.training.config import EvaluationConfig, TrainingConfig
 from smoe_train.training.engine import Engine
 from smoe_train.training.meter import Meter, routing_records
-from smoe_train.training.objectives import Objective
 from smoe_train.training.state import TrainState
 from smoe_train.training.stop import StopRequest
+from smoe_train.training.task import Task, Validation
 
 if TYPE_CHECKING:
     from smoe_train.parallel.process import Process
-
-MakeObjective = Callable[[Engine, MicroBatch, Knobs, StepTotals | None], Objective]
 
 
 @dataclass
@@ -50,13 +48,13 @@ class Trainer:
         model: The model inside the engine.
         process: This process among its peers.
         batches: Training batches of this rank.
-        validation: Validation batches of this rank.
-        bytes_per_token: Bytes of text a token stands for, in the training and in the validation split.
-        objective: The losses of a micro-batch.
+        task: What the run is trained and judged on.
         store: Where checkpoints go.
         journal: Where records go; None on all ranks but the first.
         identity: What a checkpoint must agree on to be resumed, saved with it.
-        score_key: What a validation loss was measured on; losses with different keys are not compared.
+        score_key: What a validation was measured on; costs with different keys are not compared.
+        tokenizer: Files of the tokenizer, saved with each checkpoint.
+        further_state: What else each checkpoint says of the run.
         sample_order: Orders each epoch but the first by difficulty; None leaves them shuffled.
         stop: Whether the run was asked to stop.
         state: Where training stands.
@@ -76,13 +74,13 @@ class Trainer:
     model: SmoePreTrainedModel
     process: Process
     batches: TrainBatches
-    validation: EvaluationBatches
-    bytes_per_token: dict[str, float]
-    objective: MakeObjective
+    task: Task
     store: CheckpointStore
     journal: Journal | None
     identity: dict[str, Any]
     score_key: list[Any]
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+    further_state: Mapping[str, Any] = field(default_factory=dict)
     sample_order: SampleOrder | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     state: TrainState = field(default_factory=TrainState)
@@ -98,7 +96,7 @@ class Trainer:
         # What was best counts on only if it was measured alike and its checkpoint is one of this run's.
         comparable = checkpoint.state["score_key"] == self.score_key and self.store.holds(checkpoint)
         if not (comparable and self.store.restore_best(self.state.best_step)):
-            self.state.best_loss, self.state.best_step = None, None
+            self.state.best_cost, self.state.best_step = None, None
 
     def train(self) -> TrainState:
         """Trains to the last step and returns where training stands.
@@ -110,7 +108,7 @@ class Trainer:
         max_steps = self.config.max_steps
         state, engine = self.state, self.engine
         routers = self.model.routers().values()
-        adapting = any(router.adapts() for router in routers)
+        adapting = "router" not in self.model.frozen_parts and any(router.adapts() for router in routers)
         meter = Meter(self.process.world_size, self.process.sum, self.model.config.loss_coefficients())
         count_ahead = self._must_count_ahead()
         self.model.train()
@@ -122,7 +120,7 @@ class Trainer:
             micro_batches = [batch.to(self.process.device) for batch in micro_batches]
             totals = self._count(micro_batches, knobs) if count_ahead else None
             for batch in micro_batches:
-                objective = self.objective(engine, batch, knobs, totals)
+                objective = self.task.objective(engine.forward, batch, knobs, totals)
                 engine.backward(objective.total)
                 meter.add(objective)
                 if self.sample_order is not None:
@@ -130,7 +128,7 @@ class Trainer:
             engine.step(rate, frozen=any(router.frozen(state.step) for router in routers))
 
             state.step += 1
-            state.tokens += self.config.global_batch_size * self.config.sequence_length
+            state.tokens += self.batches.tokens_of(state.step - 1)
             stats = meter.end_step(
                 {
                     "step": state.step,
@@ -167,7 +165,7 @@ class Trainer:
     def _self_test(self) -> dict[str, tuple[range, Tensor]]:
         """Checks what each loss trains; returns the experts' fingerprints for the check after the first step."""
         batch = self.batches[0][0].to(self.process.device)
-        found = self_test.check_gradients(self.model, batch, self.curriculum, self.process.sum)
+        found = self_test.check_gradients(self.model, batch, self.curriculum, self.task.objective, self.process.sum)
         self_test.require(found.problems, self.process.any)
         self.not_judged = found.not_judged
         return self_test.fingerprints(self.model, lambda parameter: self.engine.read_state(parameter)["weight"])
@@ -200,17 +198,16 @@ class Trainer:
         # The dropout of this pass is that of the next: the same tokens take the same ways.
         with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             for batch in micro_batches:
-                self.objective(self.engine, batch, knobs, totals)
+                self.task.objective(self.engine.forward, batch, knobs, totals)
         totals.finish()
         return totals
 
     def _record(self, meter: Meter) -> None:
         """Reads the meter, writes the records, and refuses to go on without finite numbers."""
         steps, routing = meter.read()
-        ratio = math.log(2.0) * self.bytes_per_token["train"]
         if self.journal is not None:
             self.journal.metrics(
-                [{"split": "train", **record, "bits_per_byte": record["loss"] / ratio} for record in steps]
+                [{"split": "train", **record, **self.task.figures(record["loss"])} for record in steps]
             )
             self.journal.routing([{"step": self.state.step, "split": "train", **record} for record in routing])
         for record in steps:
@@ -228,28 +225,23 @@ class Trainer:
     def _validate(self) -> bool:
         """Scores the validation split on all ranks; returns whether it is the best so far."""
         top_k_values = self.evaluation.top_k or (self.curriculum.top_k,)
-        scores = evaluate_language_model(
-            self.model,
-            self.validation,
-            [self.curriculum.evaluation_knobs(self.state.step, top_k) for top_k in top_k_values],
-            self.bytes_per_token["valid"],
-            self.process.device,
-            self.process.sum,
+        results = self.task.validate(
+            [self.curriculum.evaluation_knobs(self.state.step, top_k) for top_k in top_k_values]
         )
-        first = scores[0]
+        first = results[0]
         self._require_finite("validation loss", first.loss, self.state.step)
         routing = routing_records(first.routing, first.top_k, self.process.sum)
+        split = self.task.split
         if self.journal is not None:
-            self.journal.metrics([self._validation_record(score) for score in scores])
-            self.journal.routing([{"step": self.state.step, "split": "valid", **record} for record in routing])
-        if self.state.best_loss is not None and first.loss >= self.state.best_loss:
+            self.journal.metrics([self._validation_record(result) for result in results])
+            self.journal.routing([{"step": self.state.step, "split": split, **record} for record in routing])
+        if self.state.best_cost is not None and first.cost >= self.state.best_cost:
             return False
-        self.state.best_loss, self.state.best_step = first.loss, self.state.step
+        self.state.best_cost, self.state.best_step = first.cost, self.state.step
         return True
 
-    def _validation_record(self, score: LanguageModelScore) -> dict[str, Any]:
-        record = {"step": self.state.step, "split": "valid", **score.to_json()}
-        return {**record, "evaluated_tokens": score.tokens, "tokens": self.state.tokens}
+    def _validation_record(self, result: Validation) -> dict[str, Any]:
+        return {"step": self.state.step, "split": self.task.split, **result.record, "tokens": self.state.tokens}
 
     def _save(self, best: bool) -> None:
         """Writes a checkpoint together with the other ranks."""
@@ -263,8 +255,9 @@ class Trainer:
             "identity": self.identity,
             "score_key": self.score_key,
             "threshold": self.curriculum.evaluation_knobs(self.state.step).threshold,
+            **self.further_state,
         }
-        path = self.store.save(self.state.step, files, state, best)
+        path = self.store.save(self.state.step, files, state, best, self.tokenizer)
         if self.journal is not None:
             self.journal.note(f"checkpoint {path}{' (best so far)' if best else ''}")
 

@@ -15,7 +15,7 @@ from support.ranks import run_ranks
 
 from smoe_train import assembly
 from smoe_train.data import prepare
-from smoe_train.data.loader import TrainBatches
+from smoe_train.data.loader import FixedBlocks, TrainBatches
 from smoe_train.model import RankReduction
 from smoe_train.recipe import Recipe
 from smoe_train.schedules import Knobs
@@ -126,8 +126,7 @@ def count_rows(recipe: Recipe) -> dict[str, list[Any]]:
     corpus = prepare(recipe.data, recipe.tokenizer).tokens("train")
     training = recipe.training
     batch = TrainBatches(
-        corpus,
-        training.sequence_length,
+        FixedBlocks(corpus, training.sequence_length),
         training.global_batch_size,
         training.micro_batch_size,
         recipe.seed,

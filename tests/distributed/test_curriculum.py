@@ -49,21 +49,21 @@ def train(recipe: Recipe, folder: Path, checkpoint: Path | None = None, stop_aft
         trainer.resume(Checkpoint.open(checkpoint))
     steps: Streams = {}
     orders: dict[int, list[int]] = {}
-    real, make = trainer.objective, trainer.sample_order.of_epoch
+    real, make = trainer.task.objective, trainer.sample_order.of_epoch
 
-    def objective(engine: Any, batch: Any, knobs: Any, totals: Any) -> Any:
+    def objective(forward: Any, batch: Any, knobs: Any, totals: Any) -> Any:
         if stop_after is not None and knobs.step >= stop_after:
             raise KeyboardInterrupt
         pairs = zip(batch.sample_index_B.tolist(), batch.block_B.tolist(), strict=True)
         steps.setdefault(knobs.step, {}).update(pairs)
-        return real(engine, batch, knobs, totals)
+        return real(forward, batch, knobs, totals)
 
     def of_epoch(epoch: int) -> Any:
         order = make(epoch)
         orders[epoch] = order.tolist()
         return order
 
-    trainer.objective, trainer.sample_order.of_epoch = objective, of_epoch
+    trainer.task.objective, trainer.sample_order.of_epoch = objective, of_epoch
     try:
         trainer.train()
     except KeyboardInterrupt:
@@ -152,7 +152,7 @@ def recorded(recipe: Recipe, folder: Path) -> Any:
     with torch.no_grad():
         for step in range(4):
             for batch in trainer.batches[step]:
-                objective = trainer.objective(trainer.engine, batch, trainer.curriculum.knobs(0), None)
+                objective = trainer.task.objective(trainer.engine.forward, batch, trainer.curriculum.knobs(0), None)
                 recorder.add(batch, objective.output.experts_of_token)
     return recorder.counts, recorder.counted()
 

@@ -155,7 +155,7 @@ def test_bf16_is_near_fp32(text: Path, reference: Any, world_size: int, size: in
 
 def unequal_evaluation(recipe: Recipe) -> list[dict[str, float | int]]:
     from smoe_train.data.loader import EvaluationBatches
-    from smoe_train.evaluation import evaluate_language_model
+    from smoe_train.evaluation import TextFigures, evaluate_language_model
 
     process = assembly.start_process(recipe)
     tokens = prepare(recipe.data, recipe.tokenizer)
@@ -166,14 +166,14 @@ def unequal_evaluation(recipe: Recipe) -> list[dict[str, float | int]]:
     model.model.ranks = RankReduction(process.sum, process.world_size)
     # 5 blocks and a rest: the ranks have different numbers of real rows, and some batches are padding alone.
     batches = EvaluationBatches(tokens.tokens("valid"), 16, 1, process.rank, process.world_size, max_tokens=85)
-    scores = evaluate_language_model(model, batches, [Knobs(0, k) for k in (1, 2, 8)], 1.0, process.device, process.sum)
+    scores = evaluate_language_model(model, batches, [Knobs(0, k) for k in (1, 2, 8)], TextFigures(1.0), process.device, process.sum)
     return [score.to_json() for score in scores]
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 4), (4, 1)])
 def test_evaluation_in_lockstep_equals_one_process(text: Path, world_size: int, size: int) -> None:
     expected = unequal_evaluation(recipe_for(text, 1, {"engine": "local"}))
-    assert [score["tokens"] for score in expected] == [85, 85, 85]
+    assert [score["evaluated_tokens"] for score in expected] == [85, 85, 85]
     for scores in run_ranks(
         world_size, unequal_evaluation, recipe_for(text, world_size, {"expert_parallel_size": size})
     ):

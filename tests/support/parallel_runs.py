@@ -17,7 +17,7 @@ import torch
 from support.tiny import tiny_recipe
 
 from smoe_train import assembly
-from smoe_train.checkpoint.model_state import _expert_name, _parameters, _saved_buffers
+from smoe_train.checkpoint.model_state import expert_name, parameters_of, saved_buffers
 from smoe_train.model import SmoeForCausalLM
 from smoe_train.recipe import Recipe
 
@@ -73,13 +73,13 @@ def train(recipe: Recipe, change: Callable[[SmoeForCausalLM], None] | None = Non
     with patch.object(trainer, "_validate", lambda: False), patch.object(trainer, "_save", lambda best: None):
         trainer.train()
     names = {"loss", *(key.removesuffix("_weighted") for key in records.steps[0] if key.endswith("_weighted"))}
-    weights = {name: buffer.clone() for name, buffer in _saved_buffers(trainer.model)}
-    for name, parameter, owner in _parameters(trainer.model):
+    weights = {name: buffer.clone() for name, buffer in saved_buffers(trainer.model)}
+    for name, parameter, owner in parameters_of(trainer.model):
         value = trainer.engine.read_state(parameter)["weight"]
         if owner is None:
             weights[name] = value
         else:
-            weights |= {_expert_name(name, i): one for i, one in zip(owner.expert_ids, value, strict=True)}
+            weights |= {expert_name(name, i): one for i, one in zip(owner.expert_ids, value, strict=True)}
     return {
         "losses": [{name: record[name] for name in sorted(names)} for record in records.steps],
         "norms": [record["gradient_norm"] for record in records.steps],

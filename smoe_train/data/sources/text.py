@@ -1,4 +1,4 @@
-"""Plain text files, taken as the bytes they are."""
+"""Plain text files, taken as the bytes they are; of several, each is a document."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from smoe_train.data.archives import inside
 from smoe_train.data.source import (
     Corpus,
     SourceConfig,
@@ -28,7 +29,7 @@ class TextConfig(SourceConfig):
 
     source: Literal["text"] = "text"
     path: Path
-    """A text file, or a folder whose ``*.txt`` files are joined in the order of their names."""
+    """A text file, or a folder whose ``*.txt`` files are joined in the order of their names, each a document."""
     valid_path: Path | None = None
     """Text (file or folder) of the validation split; without it, the split is cut from the end of ``path``."""
     test_path: Path | None = None
@@ -67,8 +68,9 @@ class TextFilesSource(TextSource):
         sizes = {name: sum(file.num_bytes for file in files) for name, files in texts.items()}
         if not sizes["train"]:
             raise DataError(f"{config.path}: holds no text (0 bytes); set data.path to a file with text in it")
+        documents = any(len(files) > 1 for files in texts.values())
         if config.valid_path is not None:
-            splits = {name: byte_range(files, 0, sizes[name]) for name, files in texts.items()}
+            splits = {name: byte_range(files, 0, sizes[name], documents) for name, files in texts.items()}
             return Corpus.read("text", splits)
         test_share = DEFAULT_FRACTION if config.test_fraction is None else config.test_fraction
         valid_share = DEFAULT_FRACTION if config.valid_fraction is None else config.valid_fraction
@@ -82,11 +84,11 @@ class TextFilesSource(TextSource):
             )
         train = texts["train"]
         cut: dict[SplitName, Split] = {
-            "train": byte_range(train, 0, valid_start),
-            "valid": byte_range(train, valid_start, test_start),
+            "train": byte_range(train, 0, valid_start, documents),
+            "valid": byte_range(train, valid_start, test_start, documents),
         }
         if test_share:
-            cut["test"] = byte_range(train, test_start, size)
+            cut["test"] = byte_range(train, test_start, size, documents)
         return Corpus.read("text", cut)
 
     def _paths(self) -> dict[SplitName, list[Path]]:
@@ -110,7 +112,7 @@ def _text_files(path: Path, key: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: there is no such file or folder; set {key} to a text file or a folder of *.txt")
-    files = sorted(file for file in path.glob("*.txt") if file.is_file())
+    files = sorted(inside(path, file) for file in path.glob("*.txt") if file.is_file())
     if not files:
         raise DataError(f"{path}: the folder holds no *.txt file; set {key} to a text file or a folder of *.txt")
     return files

@@ -61,9 +61,8 @@ class Run:
             for micro in range(4):
                 generator = torch.Generator().manual_seed(100 * self.step + micro)
                 ids = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
-                mask = torch.ones(2, 8, dtype=torch.bool)
-                batch = MicroBatch(ids[:, :-1], ids[:, 1:], mask, torch.arange(2) + 2 * micro, torch.arange(2))
-                objective = language_modelling(self.engine, batch, knobs, self.model.config)
+                batch = MicroBatch.full(ids[:, :-1], ids[:, 1:], torch.arange(2) + 2 * micro, torch.arange(2))
+                objective = language_modelling(self.engine.forward, batch, knobs, self.model.config)
                 self.engine.backward(objective.total)
                 losses.append(float(objective.total.detach()).hex())
             self.engine.step(learning_rate(self.settings.learning_rate, self.step, 8))

@@ -31,7 +31,7 @@ def test_the_figures_are_those_of_training(run):
     assert score["loss"] == last["loss"]
     assert score["bits_per_byte"] == pytest.approx(score["loss"] / math.log(2.0))
     assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
-    assert (score["top_k"], score["tokens"]) == (2, 300)
+    assert (score["top_k"], score["evaluated_tokens"]) == (2, 300)
 
 
 def test_any_k_and_any_split(run):

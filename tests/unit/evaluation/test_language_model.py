@@ -11,7 +11,7 @@ from support.tiny import tiny_recipe
 
 from smoe_train.assembly import build_model
 from smoe_train.data.loader import EvaluationBatches
-from smoe_train.evaluation import add_stats, evaluate_language_model
+from smoe_train.evaluation import TextFigures, add_stats, evaluate_language_model
 from smoe_train.schedules import Knobs
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def model():
 
 def score(model, top_k_values, **options):
     batches = EvaluationBatches(TOKENS, LENGTH, 4, **options)
-    return evaluate_language_model(model, batches, [Knobs(5, k) for k in top_k_values], 2.0, CPU)
+    return evaluate_language_model(model, batches, [Knobs(5, k) for k in top_k_values], TextFigures(2.0), CPU)
 
 
 def naive(model, top_k, predicted=45):
@@ -101,7 +101,7 @@ def test_ranks_add_up(model):
     for rank in range(3):
         batches = EvaluationBatches(TOKENS, LENGTH, 1, rank, 3)
         evaluate_language_model(
-            model, batches, [Knobs(5, 2)], 2.0, CPU, lambda values: shares.append(values.clone()) or values
+            model, batches, [Knobs(5, 2)], TextFigures(2.0), CPU, lambda values: shares.append(values.clone()) or values
         )
     total, tokens = torch.stack(shares).sum(dim=0).tolist()
     (whole,) = score(model, [2])
@@ -112,7 +112,7 @@ def test_ranks_add_up(model):
 def test_a_perplexity_beyond_every_float_is_no_error(model):
     batches = EvaluationBatches(TOKENS, LENGTH, 4)
     (found,) = evaluate_language_model(
-        model, batches, [Knobs(5, 2)], 2.0, CPU, lambda values: values * torch.tensor([1e6, 1.0])
+        model, batches, [Knobs(5, 2)], TextFigures(2.0), CPU, lambda values: values * torch.tensor([1e6, 1.0])
     )
     assert found.loss > 700
     assert math.isfinite(found.perplexity)

@@ -14,7 +14,7 @@ from smoe_train.checkpoint import Checkpoint, read_extra
 from smoe_train.config import merge
 from smoe_train.data import prepare
 from smoe_train.data.curriculum_order import easy_first
-from smoe_train.data.loader import MicroBatch, TrainBatches, block_order
+from smoe_train.data.loader import FixedBlocks, MicroBatch, TrainBatches, block_order
 from smoe_train.errors import CheckpointError, DataError
 from smoe_train.parallel.process import Process
 from smoe_train.schedules import SampleOrderConfig
@@ -30,7 +30,9 @@ def alone(values):
 
 def micro_batch(blocks, mask):
     blocks = torch.tensor(blocks)
-    return MicroBatch(torch.zeros(mask.shape), torch.zeros(mask.shape), mask, torch.arange(len(blocks)), blocks)
+    return MicroBatch(
+        torch.zeros(mask.shape), torch.zeros(mask.shape), mask, torch.arange(len(blocks)), blocks, 1.0, 1.0
+    )
 
 
 def recount(passes, num_samples):
@@ -106,7 +108,7 @@ def sample_order(batches, recorder, by="mean_ratio", **options):
 
 
 def test_the_note_says_what_came_of_it():
-    batches = TrainBatches(np.arange(9, dtype=np.uint16), 2, 2, 2, seed=0)
+    batches = TrainBatches(FixedBlocks(np.arange(9, dtype=np.uint16), 2), 2, 2, seed=0)
     recorder = ComplexityRecorder(4, (0,), CPU, alone)
     experts = torch.tensor([[1, 1], [2, 2], [2, 2], [1, 2]])
     recorder.add(micro_batch([0, 1, 2, 3], torch.ones(4, 2, dtype=torch.bool)), {0: experts})
@@ -123,7 +125,7 @@ def test_the_note_says_what_came_of_it():
 
 
 def test_only_the_first_rank_makes_the_order():
-    batches = TrainBatches(np.arange(9, dtype=np.uint16), 2, 2, 2, seed=0)
+    batches = TrainBatches(FixedBlocks(np.arange(9, dtype=np.uint16), 2), 2, 2, seed=0)
     sent = []
 
     def from_first(order):
@@ -168,10 +170,10 @@ def run(recipe, folder, checkpoint=None):
         trainer.resume(checkpoint)
     notes, steps, seen = [], [], []
     trainer.journal = SimpleNamespace(metrics=lambda _: None, routing=lambda _: None, note=notes.append)
-    real = trainer.objective
+    real = trainer.task.objective
 
-    def objective(engine, batch, knobs, totals):
-        found = real(engine, batch, knobs, totals)
+    def objective(forward, batch, knobs, totals):
+        found = real(forward, batch, knobs, totals)
         if totals is None or not totals._collecting:
             if not steps or steps[-1][0] != knobs.step:
                 steps.append((knobs.step, {}))
@@ -180,7 +182,7 @@ def run(recipe, folder, checkpoint=None):
             seen.append((knobs.step, batch, found.output.experts_of_token))
         return found
 
-    trainer.objective = objective
+    trainer.task.objective = objective
     trainer.train()
     return trainer, {step: [blocks[j] for j in sorted(blocks)] for step, blocks in steps}, seen, notes
 
@@ -287,7 +289,7 @@ def test_training_that_ends_in_the_first_epoch_is_refused(short_text, max_steps)
     recipe = recipe_of(short_text, training={"max_steps": max_steps})
     tokens = prepare(recipe.data, recipe.tokenizer)
     if max_steps == 3:  # its third step ends the first epoch and begins the second
-        assert build_batches(recipe, tokens, 0, 1)[0].epochs_of(2) == range(2)
+        assert build_batches(recipe, tokens, 0, 1).train.epochs_of(2) == range(2)
         return
     with pytest.raises(DataError, match=rf"max_steps {max_steps} ends in the first epoch.*22 samples.*2 steps"):
         build_batches(recipe, tokens, 0, 1)

@@ -13,6 +13,7 @@ from smoe_train.data.loader import MicroBatch
 from smoe_train.errors import CheckFailedError
 from smoe_train.schedules import CompetitionConfig, CompetitionSchedule, Curriculum, CurriculumConfig
 from smoe_train.training.config import OptimizerConfig
+from smoe_train.training.objectives import language_modelling
 from smoe_train.training.optimizer import parameter_groups
 from smoe_train.training.self_test import check_expert_update, check_gradients, check_optimizer_groups, fingerprints
 
@@ -20,12 +21,16 @@ from smoe_train.training.self_test import check_expert_update, check_gradients, 
 def batch(size=3, length=16):
     ids = torch.randint(0, VOCAB, (size, length + 1), generator=torch.Generator().manual_seed(0))
     index = torch.arange(size)
-    return MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(size, length, dtype=torch.bool), index, index)
+    return MicroBatch.full(ids[:, :-1], ids[:, 1:], index)
 
 
 def curriculum(competing=False):
     schedule = CompetitionSchedule(CompetitionConfig(), 0, (0, 1)) if competing else None
     return Curriculum(CurriculumConfig(), 2, 10**6, 16, schedule)
+
+
+def objective_of(model):
+    return lambda forward, batch, knobs, totals: language_modelling(forward, batch, knobs, model.config, totals)
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_every_policy_passes(case):
     model = small_model(router=case.options.model_dump(mode="json"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert check_gradients(model, batch(), curriculum(case.options.competes())) == ([], [])
+    assert check_gradients(model, batch(), curriculum(case.options.competes()), objective_of(model)) == ([], [])
     assert check_optimizer_groups(model, parameter_groups(model, OptimizerConfig())) == []
     assert torch.equal(torch.get_rng_state(), state), "the self-test draws no random number that training would"
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -55,7 +60,7 @@ def with_losses(router, change):
 def test_a_dead_loss_is_named(model):
     """The mistake of published code: a balance loss that is logged, and trains nothing."""
     with_losses(model.routers()[1], lambda found: {name: value.detach() for name, value in found.items()})
-    found = check_gradients(model, batch(), curriculum()).problems
+    found = check_gradients(model, batch(), curriculum(), objective_of(model)).problems
     assert found == [
         "layer 1: load_balance_loss has no gradient at all, but should train ['weight']",
         "layer 1: z_loss has no gradient at all, but should train ['weight']",
@@ -64,7 +69,7 @@ def test_a_dead_loss_is_named(model):
 
 def test_a_loss_that_is_connected_but_without_effect_is_named(model):
     with_losses(model.routers()[0], lambda found: {**found, "z_loss": found["z_loss"] * 0 + 1})
-    assert check_gradients(model, batch(), curriculum()).problems == [
+    assert check_gradients(model, batch(), curriculum(), objective_of(model)).problems == [
         "layer 0: z_loss does not reach weight, which it should train"
     ]
 
@@ -78,14 +83,14 @@ def test_a_loss_that_trains_the_experts_is_named(model):
         return dataclasses.replace(merged, losses={**merged.losses, "z_loss": merged.losses["z_loss"] + y_TKD.mean()})
 
     router.merge = leaking
-    found = check_gradients(model, batch(), curriculum()).problems
+    found = check_gradients(model, batch(), curriculum(), objective_of(model)).problems
     assert len(found) == 4
     assert all(one.startswith("layer 0: z_loss reaches the experts' ") for one in found)
 
 
 def test_a_loss_that_is_not_returned_is_named(model):
     with_losses(model.routers()[0], lambda found: {"z_loss": found["z_loss"]})
-    assert check_gradients(model, batch(), curriculum()).problems == [
+    assert check_gradients(model, batch(), curriculum(), objective_of(model)).problems == [
         "layer 0: load_balance_loss is declared by the router but was not returned"
     ]
 
@@ -94,7 +99,7 @@ def test_experts_that_the_task_does_not_reach_are_named(model):
     bank = model.moe_layers()[1].bank
     run = bank.run
     bank.run = lambda x_TD, plan: run(x_TD, plan).detach()
-    found = check_gradients(model, batch(), curriculum()).problems
+    found = check_gradients(model, batch(), curriculum(), objective_of(model)).problems
     assert {one.split(" which")[0] for one in found} == {
         f"layer 1: task does not reach the experts' {name}," for name in ("w_in", "w_out", "b_in", "b_out")
     }
@@ -104,7 +109,7 @@ def test_a_cut_below_the_experts_is_named(model):
     attention = model.model.layers[0].attention
     forward = attention.forward
     attention.forward = lambda *arguments: forward(*arguments).detach()
-    found = check_gradients(model, batch(), curriculum()).problems
+    found = check_gradients(model, batch(), curriculum(), objective_of(model)).problems
     assert found
     assert all(one.startswith("the task loss does not reach model.layers.0.attention") for one in found)
 
@@ -172,7 +177,7 @@ def test_the_self_test_can_be_switched_off_and_changes_nothing(text, tmp_path):
     losses = []
     for folder, enabled in (("on", True), ("off", False)):
         trainer = start(text, tmp_path / folder, self_test=enabled, max_steps=3)
-        losses.append(trainer.train().best_loss)
+        losses.append(trainer.train().best_cost)
     assert losses[0] == losses[1]
 
 
@@ -191,12 +196,12 @@ def wrapped(**options):
 def test_a_similarity_loss_that_reaches_no_expert_is_named(similarity):
     """It is 0 before the first check of a pair; the self-test rehearses one."""
     model = wrapped(type="sim_smoe", similarity=similarity)
-    assert check_gradients(model, batch(), curriculum()) == ([], [])
+    assert check_gradients(model, batch(), curriculum(), objective_of(model)) == ([], [])
     router = model.routers()[0]
     real = router._similarity_loss
     router._similarity_loss = lambda ids_TK, y_TKD, context: real(ids_TK, y_TKD.detach(), context)
     before = {name: value.clone() for name, value in router.state_dict().items()}
-    found = check_gradients(model, batch(), curriculum()).problems
+    found = check_gradients(model, batch(), curriculum(), objective_of(model)).problems
     assert {one.split(" which")[0] for one in found} == {
         f"layer 0: similarity_loss does not reach the experts' {name}," for name in ("w_in", "w_out", "b_in", "b_out")
     }
@@ -209,10 +214,10 @@ def test_a_balance_loss_that_trains_nothing_is_named_while_no_token_has_one_expe
     router = model.routers()[0]
     x = batch().input_ids_BS
     assert model(x).router_losses["load_balance_loss"].detach() == 0.0
-    assert check_gradients(model, batch(), curriculum()) == ([], [])
+    assert check_gradients(model, batch(), curriculum(), objective_of(model)) == ([], [])
     with_losses(
         router, lambda found: {**found, "load_balance_loss": found["load_balance_loss"].detach() + 0 * found["z_loss"]}
     )
-    assert check_gradients(model, batch(), curriculum()).problems == [
+    assert check_gradients(model, batch(), curriculum(), objective_of(model)).problems == [
         "layer 0: load_balance_loss does not reach base.weight, which it should train"
     ]

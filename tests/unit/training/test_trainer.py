@@ -102,7 +102,7 @@ def test_validation_and_routing_are_recorded_when_due(whole):
     assert sorted({record["step"] for record in routing}) == [2, 3, 4, 6, 7]
     best = min(valid, key=lambda record: float.fromhex(record["loss"]))
     assert trainer.state.best_step == best["step"]
-    assert trainer.state.best_loss == float.fromhex(best["loss"])
+    assert trainer.state.best_cost == float.fromhex(best["loss"])
 
 
 def test_checkpoints_are_written_when_due_and_hold_the_state(whole):
@@ -137,14 +137,14 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_by_bit(whole, text, tmp_path
 def test_a_stop_request_ends_the_run_with_a_checkpoint(whole, text, tmp_path):
     stop = StopRequest()
     trainer = start(recipe_of(text, checkpoint={"every_steps": 100}), tmp_path, stop=stop)
-    real = trainer.objective
+    real = trainer.task.objective
 
-    def objective(engine, batch, knobs, totals):
+    def objective(forward, batch, knobs, totals):
         if knobs.step == 1:
             stop.signal = signal.SIGTERM
-        return real(engine, batch, knobs, totals)
+        return real(forward, batch, knobs, totals)
 
-    trainer.objective = objective
+    trainer.task.objective = objective
     with pytest.raises(RunStoppedError, match="stopped as asked after step 2; the same command resumes the run"):
         train(trainer)
     (path,) = trainer.store.complete()
@@ -176,15 +176,15 @@ def test_a_complete_run_has_nothing_left_to_do(whole, text, tmp_path):
 
 
 def poison_loss(trainer, step):
-    real = trainer.objective
+    real = trainer.task.objective
 
-    def objective(engine, batch, knobs, totals):
-        found = real(engine, batch, knobs, totals)
+    def objective(forward, batch, knobs, totals):
+        found = real(forward, batch, knobs, totals)
         if knobs.step != step:
             return found
         return type(found)(found.total * float("nan"), found.task * float("nan"), found.output)
 
-    trainer.objective = objective
+    trainer.task.objective = objective
 
 
 def poison_gradient(trainer, step):
@@ -234,7 +234,7 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(text, tmp_path, pois
         checkpoint = Checkpoint.open(path)
         weights = [checkpoint.tensor(name) for name in checkpoint.tensors if name.startswith(("weight/", "exp_avg"))]
         assert all(torch.isfinite(value).all() for value in weights)
-        assert math.isfinite(checkpoint.state["train"]["best_loss"] or 0.0)
+        assert math.isfinite(checkpoint.state["train"]["best_cost"] or 0.0)
 
 
 def test_a_run_that_fell_back_after_failing_goes_on_from_before(whole, text, tmp_path):
@@ -252,12 +252,12 @@ def test_several_k_are_validated_and_the_first_chooses_the_best(text, tmp_path):
     train(trainer)
     valid = records(tmp_path, "valid")
     assert [record["top_k"] for record in valid] == [8, 1]
-    assert trainer.state.best_loss == float.fromhex(valid[0]["loss"])
+    assert trainer.state.best_cost == float.fromhex(valid[0]["loss"])
 
 
 def test_a_worse_validation_is_not_the_best(text, tmp_path):
     trainer = start(recipe_of(text), tmp_path)
-    trainer.state.best_loss, trainer.state.best_step = 0.0, 99
+    trainer.state.best_cost, trainer.state.best_step = 0.0, 99
     train(trainer)
-    assert (trainer.state.best_loss, trainer.state.best_step) == (0.0, 99)
+    assert (trainer.state.best_cost, trainer.state.best_step) == (0.0, 99)
     assert not (tmp_path / "checkpoints" / "best").exists()

@@ -1,0 +1,85 @@
+"""Where weights come from: a run, one of its checkpoints, or an exported folder, and what model they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST, find_checkpoint
+from smoe_train.config import read_layers
+from smoe_train.errors import CheckpointError, RecipeError
+from smoe_train.model.config import section_of
+
+RECIPE = "recipe.yaml"  # in a run folder, resolved
+TOKENIZER = "tokenizer"  # in run folders, checkpoints and exported folders
+EXPORTED_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights to start from.
+
+    Attributes:
+        folder: The checkpoint, or the exported folder.
+        is_checkpoint: Whether it is a checkpoint of this package.
+        model: The recipe's model section that the weights belong to.
+    """
+
+    folder: Path
+    is_checkpoint: bool
+    model: Mapping[str, Any]
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer."""
+        return self.folder / TOKENIZER
+
+
+def find_pretrained(path: Path, which: str) -> Pretrained:
+    """Returns what lies at a path, without reading weights.
+
+    Args:
+        path: A run folder, one of its checkpoints, or an exported folder.
+        which: ``best`` or ``latest``, for a run folder.
+
+    Raises:
+        CheckpointError: There is nothing of the kind, or it cannot be read.
+    """
+    path = path.expanduser()
+    if (path / MANIFEST).is_file():
+        return Pretrained(path, True, _model_of_run(path.resolve().parent.parent))
+    if (path / RECIPE).is_file():
+        return Pretrained(find_checkpoint(path / CHECKPOINTS, which), True, _model_of_run(path))
+    if (path / EXPORTED_CONFIG).is_file():
+        return Pretrained(path, False, _model_of_export(path / EXPORTED_CONFIG))
+    raise CheckpointError(
+        f"{path}: is neither a run folder, nor a complete checkpoint, nor an exported folder; "
+        "give the path of one of them, e.g. runs/<name>"
+    )
+
+
+def _model_of_run(folder: Path) -> dict[str, Any]:
+    try:
+        values = read_layers(folder / RECIPE, lambda name, _: Path(name)).values
+    except RecipeError as error:
+        raise CheckpointError(f"{folder / RECIPE}: is not the recipe of a run: {error}") from error
+    model = dict(values.get("model") or {})
+    if model.get("max_sequence_length") is None:
+        model["max_sequence_length"] = (values.get("training") or {}).get("sequence_length")
+    return model
+
+
+def _model_of_export(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("model_type") != "smoe":
+            raise CheckpointError(
+                f"{path}: describes a model of type {values.get('model_type')!r}; weights can be taken from a 'smoe' "
+                "model alone"
+            )
+        return section_of(values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not the configuration of an exported model: {error!r}") from error
