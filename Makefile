@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint types format bench bench-adaptive compare docs docker clean
+.PHONY: help demo test test-slow lint types format bench bench-adaptive bench-loader compare docs docker clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ bench: .venv/package.stamp ## time the mixture-of-experts layer against a dense 
 
 bench-adaptive: .venv/package.stamp ## time adaptive gating by its share of tokens with two experts
 	$(BIN)/python scripts/bench_adaptive.py $(BENCH_ARGS)
+
+bench-loader: .venv/package.stamp ## time the loader beside training steps; an epoch of a 4 GB store (needs 8 GB of disk)
+	$(BIN)/python scripts/bench_loader.py $(BENCH_ARGS)
 
 compare: .venv/dev.stamp ## train every routing policy on a piece of enwik8 and write the table (about an hour)
 	$(BIN)/python scripts/compare_policies.py $(COMPARE_ARGS)

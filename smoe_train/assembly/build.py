@@ -118,11 +118,12 @@ def expert_banks(recipe: Recipe, process: Process) -> BankFactory:
     """Returns what builds expert banks for this process: DeepSpeed's kind, or experts here alone."""
     if recipe.parallel.engine == "local" or not recipe.model.moe_layers():
         return LocalExpertBank
-    from smoe_train.parallel.deepspeed_bank import DeepSpeedExpertBank
+    from smoe_train.parallel.deepspeed_bank import DeepSpeedExpertBank, FrozenExpertBank
 
     size = recipe.parallel.expert_parallel_size
     topology = Topology.create(process.world_size, size, recipe.model.moe.num_experts)
-    return lambda num_experts, make_experts: DeepSpeedExpertBank(topology, process.rank, make_experts)
+    bank = FrozenExpertBank if "experts" in recipe.initialise.freeze else DeepSpeedExpertBank
+    return lambda num_experts, make_experts: bank(topology, process.rank, make_experts)
 
 
 def build_engine(recipe: Recipe, model: SmoePreTrainedModel, process: Process) -> Engine:

@@ -25,6 +25,8 @@ glue_app = typer.Typer(help="Results of many fine-tuning runs, and GLUE's submis
 app.add_typer(glue_app, name="glue")
 data_app = typer.Typer(help="A recipe's data, without training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+tokenizer_app = typer.Typer(help="Tokenizers, apart from any run.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's short name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.path=value", help="Override settings.")]
@@ -202,6 +204,52 @@ def data_show(
     from smoe_train.cli import data as command
 
     command.show(recipe, tuple(overrides or ()), split, count, json)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    kind: Annotated[
+        str | None, typer.Option("--type", help="sentencepiece or word; the recipe's if not given.")
+    ] = None,
+    inputs: Annotated[list[Path] | None, typer.Option("--input", help="File of text; may be repeated.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Learn from the training split of this recipe.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="sentencepiece: number of ids.")] = None,
+    model_type: Annotated[str | None, typer.Option(help="sentencepiece: bpe or unigram.")] = None,
+    byte_fallback: Annotated[bool | None, typer.Option(help="sentencepiece: spell what is not learnt.")] = None,
+    character_coverage: Annotated[float | None, typer.Option(help="sentencepiece: share of characters.")] = None,
+    input_sentence_size: Annotated[int | None, typer.Option(help="sentencepiece: lines to learn from.")] = None,
+    max_size: Annotated[int | None, typer.Option(help="word: number of ids.")] = None,
+    min_count: Annotated[int | None, typer.Option(help="word: keep words that come so often.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Learn a tokenizer from text and save it, for recipes with `tokenizer: {type: saved, path: FOLDER}`."""
+    from smoe_train.cli import tokenizer as command
+
+    options = {
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+        "byte_fallback": byte_fallback,
+        "character_coverage": character_coverage,
+        "input_sentence_size": input_sentence_size,
+        "max_size": max_size,
+        "min_count": min_count,
+    }
+    settings = {name: value for name, value in options.items() if value is not None}
+    command.train(kind, inputs or [], recipe, settings, output, json)
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(
+    source: Annotated[str, typer.Argument(help="A saved tokenizer, run folder or checkpoint; or a recipe.")],
+    overrides: Overrides = None,
+    text: Annotated[str | None, typer.Option(help="Text to encode.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show what a tokenizer is, and what it makes of a text."""
+    from smoe_train.cli import tokenizer as command
+
+    command.show(source, tuple(overrides or ()), text, json)
 
 
 @recipes_app.command("list")

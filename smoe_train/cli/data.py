@@ -159,39 +159,40 @@ def _example_split(store: ExampleStore, name: str) -> dict[str, Any]:
     if task.kind == "classification":
         counts = np.bincount(published.astype(np.int64), minlength=len(task.labels))
         return found | {"labels": dict(zip(task.labels, counts.tolist(), strict=True))}
-    extent = [float(published.min()), float(published.mean()), float(published.max())] if len(published) else None
-    return found | {"labels": None if extent is None else dict(zip(("low", "mean", "high"), extent, strict=True))}
+    if not len(published):
+        return found | {"labels": None}
+    extent = {"low": published.min(), "mean": published.mean(), "high": published.max()}
+    return found | {"labels": {name: round(float(value), 4) for name, value in extent.items()}}
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
     tokenizer, splits = summary["tokenizer"], summary["splits"]
-    title = f"{summary['source']}, tokenizer {tokenizer['type']} with {tokenizer['vocab_size']:,} ids"
-    if "task" not in summary:
-        columns = [key for key in next(iter(splits.values())) if any(row[key] is not None for row in splits.values())]
-        table = Table("split", *(_right(key) for key in columns), _right("bytes a token"), title=title)
-        for name, row in splits.items():
-            table.add_row(name, *(_count(row[key]) for key in columns), f"{row['bytes'] / row['tokens']:.2f}")
-        Console().print(table)
-    else:
-        columns = ["examples", "tokens", "longest", "without_label"]
-        heads = ["examples", "tokens", "longest (tokens)", "without label"]
-        table = Table("split", *map(_right, heads), "labels", title=title)
-        for name, row in splits.items():
-            table.add_row(name, *(_count(row[key]) for key in columns), _labels(row["labels"] or {}))
-        Console().print(table)
-        for reason, rows in summary["skipped"].items():
-            print(f"skipped, {reason}: {rows:,} row{'s' * (rows != 1)}")
+    columns = [
+        key for key in next(iter(splits.values())) if key != "labels" and any(row[key] for row in splits.values())
+    ]
+    table = Table("split", *(Column(key.replace("_", " "), justify="right") for key in columns))
+    table.title = f"{summary['source']}, tokenizer {tokenizer['type']} with {tokenizer['vocab_size']:,} ids"
+    table.add_column(
+        "labels" if "task" in summary else "bytes a token", justify="left" if "task" in summary else "right"
+    )
+    for name, row in splits.items():
+        last = _labels(row["labels"]) if "task" in summary else f"{row['bytes'] / row['tokens']:.2f}"
+        table.add_row(name, *("-" if row[key] is None else f"{row[key]:,}" for key in columns), last)
+    Console().print(table)
+    for reason, rows in summary.get("skipped", {}).items():
+        print(f"skipped, {reason}: {rows:,} row{'s' * (rows != 1)}")
     print(f"store: {summary['store']}")
 
 
-def _labels(labels: dict[str, float]) -> str:
-    """Returns counts of classes (the rarest and commonest of many), or the extent of a number."""
-    if not labels or not all(isinstance(count, int) for count in labels.values()):
-        return ", ".join(f"{name} {value:.3g}" for name, value in labels.items()) or "-"
-    if len(labels) <= 6:
-        return ", ".join(f"{name} {count:,}" for name, count in labels.items())
-    rarest, commonest = (pick(labels, key=lambda name: labels[name]) for pick in (min, max))
-    return f"{len(labels)} classes: {rarest} {labels[rarest]:,} to {commonest} {labels[commonest]:,}"
+def _labels(labels: dict[str, float] | None) -> str:
+    """Returns the rows of each class (of many classes, of the rarest and the commonest), or the extent of a number."""
+    if labels is None or not any(labels.values()):
+        return "-"
+    names = (
+        list(labels) if len(labels) <= 6 else [min(labels, key=labels.__getitem__), max(labels, key=labels.__getitem__)]
+    )
+    lines = [f"{name}: {labels[name]:,}" for name in names]
+    return "\n".join(lines if len(labels) <= 6 else [f"{len(labels)} classes, of which", *lines])
 
 
 def _texts(store: TokenStore, split: Any, tokenizer: Tokenizer, length: int) -> Iterator[dict[str, Any]]:
@@ -249,11 +250,3 @@ def _example_text(sample: dict[str, Any]) -> str:
 def printable(text: str) -> str:
     """Returns a text whose control characters a terminal would not obey; newlines and tabs stay."""
     return "".join(one if one in "\n\t" or one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-def _right(name: str) -> Column:
-    return Column(name, justify="right")
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from smoe_train.cli.evaluate import EvaluateOptions, evaluate
 from smoe_train.cli.measuring import in_workers, measuring_worker, top_k_values
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 WORKER = "smoe_train.cli.evaluate_tasks"
 MISMATCHED = "mismatched"
+NOT_METRICS = frozenset(
+    {"run", "step", "task", "split", "top_k", "loss", "score", "evaluated_examples", "constant", "predictions"}
+)
 NAMES = (*GLUE_NAMES, f"mnli_{MISMATCHED}")
 
 
@@ -177,20 +180,24 @@ def evaluate_here(options: TaskOptions) -> list[dict[str, Any]]:
     knobs = [evaluation_knobs(recipe, checkpoint, top_k) for top_k in top_k_values(options.top_k, recipe)]
     own = checkpoint_task(checkpoint)
     assert own is not None, f"{checkpoint.path} is of a classifier by its recipe, and of none by its state"
-    process = Process.start() if "RANK" in os.environ else Process.alone()
-    model = build_for_evaluation(recipe, process, checkpoint)
-    rows: list[dict[str, Any]] = []
+    stores: list[tuple[ExampleStore, list[str]]] = []
     for target in wanted:
         store = prepare_examples(target.data, checkpoint_tokenizer(checkpoint))
         check_head(store.task, own, run_folder)
-        for split in splits_of(store, options.split, target):
-            scores = score_examples(model, recipe, store, split, knobs, process)
-            about = {"run": recipe.name, "step": checkpoint.step, "task": store.task.name, "split": split}
-            constant = constant_score(store, split)
-            rows += [{**about, **score.to_json(), "constant": constant} for score in scores]
-            if options.write_predictions and process.is_first:
-                path = predictions_file(run_folder, split, store.task.name if store.task.name != own.name else None)
+        stores.append((store, splits_of(store, options.split, target)))
+    process = Process.start() if "RANK" in os.environ else Process.alone()
+    model = build_for_evaluation(recipe, process, checkpoint)
+    rows: list[dict[str, Any]] = []
+    for store, split in ((store, split) for store, splits in stores for split in splits):
+        scores = score_examples(model, recipe, store, split, knobs, process)
+        constant = constant_score(store, split)
+        about = {"run": recipe.name, "step": checkpoint.step, "task": store.task.name, "split": split}
+        if options.write_predictions:
+            path = predictions_file(run_folder, split, store.task.name if store.task.name != own.name else None)
+            about["predictions"] = str(path)
+            if process.is_first:
                 write_predictions(path, store.task, store.split(split).index, scores[0].predictions)
+        rows += [{**about, **score.to_json(), "constant": constant} for score in scores]
     process.stop()
     return rows
 
@@ -214,8 +221,7 @@ def _target(own: SourceConfig, name: str, overrides: Sequence[str]) -> Target:
         return Target(name, _data(own, {"source": "glue", "task": task}, overrides), task != name)
     if name in labelled:
         return Target(name, _data(own, {"source": name}, overrides))
-    allowed = [*NAMES, *labelled]
-    raise LaunchError(f"--task: unknown task {name!r}{suggest(name, allowed)}; allowed: {', '.join(allowed)}")
+    raise LaunchError(f"--task: unknown task {name!r}{suggest(name, [*NAMES, *labelled])}")
 
 
 def _data(own: SourceConfig, other: Mapping[str, str], overrides: Sequence[str]) -> SourceConfig:
@@ -241,10 +247,7 @@ def splits_of(store: ExampleStore, split: str, target: Target) -> list[str]:
     if target.mismatched:
         base = f"{base}_{MISMATCHED}"
     if base not in store.splits:
-        raise DataError(
-            f"--split: task {store.task.name} has no split {base!r}{suggest(base, list(store.splits))}; there are: "
-            f"{', '.join(store.splits)}"
-        )
+        raise DataError(f"--split: task {store.task.name} has no split {base!r}{suggest(base, list(store.splits))}")
     other = f"{base}_{MISMATCHED}"
     return [base, other] if target.task is None and other in store.splits else [base]
 
@@ -281,18 +284,16 @@ def _print(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"scores": list(rows)}, indent=1))
         return
-    table = Table("run", "step", "task", "split", "top_k", "examples", "metrics", "score", "constant")
-    besides = {"run", "step", "task", "split", "top_k", "loss", "score", "evaluated_examples", "constant"}
+    table = Table("run", "task", Column("split", no_wrap=True), "top_k", "examples", "metrics", "score", "constant")
     for row in rows:
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in besides)
+        metrics = [f"{name} {value:.4f}" for name, value in row.items() if name not in NOT_METRICS]
         table.add_row(
-            row["run"],
-            str(row["step"]),
+            f"{row['run']} (step {row['step']})",
             row["task"],
             row["split"],
             str(row["top_k"]),
             f"{row['evaluated_examples']:,}",
-            metrics or "no labels",
+            "\n".join(metrics) or "none",
             f"{row['score']:.4f}" if metrics else "",
             "" if row["constant"] is None else f"{row['constant']:.4f}",
         )

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from smoe_train.errors import LaunchError
 from smoe_train.evaluation.submission import write_submission
 from smoe_train.evaluation.summary import Average, Group, Spread, Summary, find_runs, summarise
 
-HEADINGS = ("setting", "task", "split", "seeds", "metrics", "score", "constant", "difference")
+HEADINGS = ("setting", "task", "split", "seeds", "metrics", "score", "constant", "gain")
 
 
 def summary(runs: Sequence[Path], as_json: bool, as_markdown: bool, with_wnli: bool) -> None:
@@ -29,12 +29,14 @@ def summary(runs: Sequence[Path], as_json: bool, as_markdown: bool, with_wnli: b
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
         return
-    rows = [_group_row(group) for group in found.groups] + [_average_row(average) for average in found.averages]
+    between = ", " if as_markdown else "\n"
+    rows = [_group_row(group, between) for group in found.groups] + [_average_row(one) for one in found.averages]
     if as_markdown:
         print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
         print("\n".join(f"| {' | '.join(row)} |" for row in rows))
     else:
-        table = Table(*HEADINGS, caption="times 100; mean ± sample deviation over seeds")
+        columns = [Column(name, no_wrap=name != "setting") for name in HEADINGS]
+        table = Table(*columns, caption="times 100; mean ± sample deviation over seeds; gain over the constant answer")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
@@ -56,8 +58,8 @@ def submission(runs: Sequence[Path], output: Path, fill_missing: bool) -> None:
     print(f"wrote {output}")
 
 
-def _group_row(group: Group) -> list[str]:
-    metrics = ", ".join(f"{name} {_percent(spread)}" for name, spread in group.metrics.items())
+def _group_row(group: Group, between: str) -> list[str]:
+    metrics = between.join(f"{name} {_percent(spread)}" for name, spread in group.metrics.items())
     setting = group.setting if group.setting is not None else group.runs[0]
     own = [setting, group.task, group.split, str(group.score.n), metrics]
     return own + _score_cells(group.score, group.constant_score)

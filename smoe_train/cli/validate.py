@@ -75,13 +75,11 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
 
 def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
     """Returns layout, parameter counts, and memory and traffic of one rank."""
-    from smoe_train.data import build_tokenizer
     from smoe_train.model import SmoeConfig
     from smoe_train.model.accounting import census, forward_flops
 
     training, moe, parallel = recipe.training, recipe.model.moe, recipe.parallel
-    vocab_size = build_tokenizer(recipe.tokenizer).vocab_size
-    config = SmoeConfig.create(recipe.model, vocab_size, training.sequence_length, recipe.seed)
+    config = SmoeConfig.create(recipe.model, vocab_size_of(recipe), training.sequence_length, recipe.seed)
     counts = census(config)
     layers = recipe.model.moe_layers()
     topology = Topology.create(nproc, parallel.expert_parallel_size, moe.num_experts)
@@ -120,6 +118,24 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
         "curriculum": recipe.schedule().outline(),
         "bytes_per_rank": {**cost.to_json(), **contest},
     }
+
+
+def vocab_size_of(recipe: Recipe) -> int:
+    """Returns the number of token ids; the data is prepared only where it alone decides it.
+
+    Raises:
+        DataError: A file of the tokenizer or the data cannot be had.
+    """
+    from smoe_train.data import build_tokenizer
+
+    if not recipe.tokenizer.learns():
+        return build_tokenizer(recipe.tokenizer).vocab_size
+    nominal = recipe.tokenizer.nominal_vocab_size()
+    if nominal is not None:
+        return nominal
+    from smoe_train.assembly import prepare_data
+
+    return prepare_data(recipe).vocab_size
 
 
 def _span(experts: range) -> list[int]:

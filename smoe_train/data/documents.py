@@ -58,7 +58,7 @@ def divided(name: str, split: Split, valid_fraction: float, test_fraction: float
     boundaries = np.concatenate([[0], split.document_ends])
 
     def boundary(share: float) -> int:
-        return int(boundaries[np.searchsorted(boundaries, split.num_bytes * share)])
+        return int(boundaries[np.argmin(np.abs(boundaries - split.num_bytes * share))])
 
     test_start = boundary(1.0 - test_fraction) if test_fraction else split.num_bytes
     valid_start = boundary(1.0 - test_fraction - valid_fraction) if valid_fraction else test_start

@@ -25,7 +25,7 @@ MAX_ATTEMPTS = 100
 """How often one server is asked at most; only as long as each attempt brings more."""
 MAX_BYTES = 4 << 30
 """Where downloads whose size was not published end at the latest."""
-USER_AGENT = "smoe_train (+https://pypi.org/project/smoe_train)"
+USER_AGENT = "smoe_train (preparation of training data)"
 """Some mirrors refuse Python's own."""
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,10 @@ def _receive(url: str, part: Path, file: Published) -> int:
             start = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise http.client.HTTPException(f"sent another range than asked for, after byte {start:,}")
-        expected = file.num_bytes or start + (response.length or 0)
+        offered = None if response.length is None else start + response.length
+        if file.num_bytes and offered not in (None, file.num_bytes):
+            raise http.client.HTTPException(f"offers {offered:,} bytes that are not the published file")
+        expected = file.num_bytes or offered or 0
         # One byte more than expected is enough to know that it is something else.
         limit = (file.num_bytes or MAX_BYTES) + 1
         task = progress.current().task(f"downloading {file.name}", expected or None)

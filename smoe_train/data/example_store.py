@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from smoe_train.config import StrictModel
+from smoe_train.data import progress
 from smoe_train.data.build_once import build_once
 from smoe_train.data.examples import EXAMPLE_SPLITS, TEST, Example, ExampleSplitName, LabelledCorpus, TaskInfo
 from smoe_train.data.known_corpora import recall, remember, take_stamp
@@ -317,13 +318,17 @@ def _write_split(folder: Path, name: ExampleSplitName, corpus: LabelledCorpus, t
     ends = [0]
 
     def ids() -> Iterator[TokenArray]:
-        for start in range(0, len(rows), TEXTS_AT_ONCE):
-            chunk = rows[start : start + TEXTS_AT_ONCE]
-            encoded = iter(tokenizer.encode_texts(list(_texts(chunk))))
-            for one in chunk:
-                for text in (next(encoded), [] if one.second is None else next(encoded)):
-                    ends.append(ends[-1] + len(text))
-                    yield np.array(text, dtype=tokenizer.dtype)
+        num_bytes = sum(len(text.encode()) for text in _texts(rows))
+        with progress.current().task(f"tokenizing {name}", num_bytes) as advance:
+            for start in range(0, len(rows), TEXTS_AT_ONCE):
+                chunk = rows[start : start + TEXTS_AT_ONCE]
+                texts = list(_texts(chunk))
+                encoded = iter(tokenizer.encode_texts(texts))
+                for one in chunk:
+                    for text in (next(encoded), [] if one.second is None else next(encoded)):
+                        ends.append(ends[-1] + len(text))
+                        yield np.array(text, dtype=tokenizer.dtype)
+                advance(sum(len(text.encode()) for text in texts))
 
     return SplitRecord(
         examples=len(rows),

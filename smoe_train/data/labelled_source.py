@@ -172,8 +172,10 @@ class SplitSource(LabelledSource):
         for file in self.downloads():
             download.fetch(file, cache, "set data.path to it")
         found = self.find(cache)
+        origins = self._origins(found, warn=True)
+        self._check_apart({split: found[origin] for split, origin in origins.items()})
         splits: dict[str, list[Example]] = {}
-        for split, origin in self._origins(found, warn=True).items():
+        for split, origin in origins.items():
             splits[split] = self.read(split, origin, found[origin], skipped)
             self._check_number(origin, len(splits[split]), found[origin])
         if config.dev_fraction is not None:
@@ -245,6 +247,19 @@ class SplitSource(LabelledSource):
         if origins:
             cure += f", or data.splits=[{','.join(one for one in EXAMPLE_SPLITS if one in origins)}] to go without"
         return f"{self.name}: has no {split} split{where} ({there}); {cure}"
+
+    def _check_apart(self, sources: Mapping[str, SplitFiles | HubSplit]) -> None:
+        seen: dict[object, str] = {}
+        for split, source in sources.items():
+            if isinstance(source, SplitFiles) and source.shared:
+                continue
+            parts = [source] if isinstance(source, HubSplit) else [Path(file.name).resolve() for file in source.files]
+            for part in parts:
+                if part in seen:
+                    raise DataError(
+                        f"{source.name}: is both the {seen[part]} and the {split} split of {self.name}; use each once"
+                    )
+                seen[part] = split
 
     def _check_number(self, origin: str, number: int, source: SplitFiles | HubSplit) -> None:
         name = source.name

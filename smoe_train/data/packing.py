@@ -44,7 +44,7 @@ class PackedDocuments(Samples):
 
     Args:
         tokens: The split, 1-D, best a memory map.
-        document_ends: Where each document ends, strictly ascending token offsets of which the last is the number of tokens.
+        document_ends: Where each document ends, strictly ascending token offsets; the last is the number of tokens.
         sequence_length: S.
         fit: How documents come into samples.
 
@@ -131,7 +131,8 @@ def pack_best_fit(document_ends: Offsets, sequence_length: int) -> Packing:
     before another bin is fuller than they are, so a whole class of bins moves from room r to r mod l < r / 2 at once.
     That makes O(S log S) array operations beside sorting the pieces, for any number of documents.
 
-    Source: Ding et al. 2024, arXiv 2404.10830, section 2.2.
+    Source: Ding et al. 2024, arXiv 2404.10830, best-fit packing. Own: placing equal lengths together, which changes
+    nothing but how ties between equally full bins fall.
 
     Args:
         document_ends: Strictly ascending token offsets.

@@ -59,8 +59,9 @@ def to_example(where: str, row: Row, place: int, columns: Columns, task: TaskInf
 
 
 def to_label(where: str, value: object, task: TaskInfo, names: Mapping[str, int]) -> int | float | None:
-    """Returns the class id or number that a value stands for; None for what stands for no label: null, "", and -1
-    unless that is a number of the task.
+    """Returns the class id or number that a value stands for.
+
+    No label, None, are null, "", and -1 unless that is a number of the task.
 
     Raises:
         DataError: It stands for nothing.

@@ -51,8 +51,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         DataError: The folder holds something else.
         OSError: The folder cannot be written.
     """
-    if folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: holds something other than a tokenizer; choose another folder")
+    check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -74,6 +73,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Makes sure that saving to ``folder`` destroys nothing but a saved tokenizer.
+
+    Raises:
+        DataError: It holds something else.
+    """
+    if folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: holds something other than a tokenizer; choose another folder")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -22,10 +22,12 @@ class SplitFiles:
     Attributes:
         files: What to read.
         paths: Where that lies on the disk: the files, or the archive that holds them.
+        shared: Whether other splits have other rows of the same files.
     """
 
     files: tuple[StoredFile, ...]
     paths: tuple[Path, ...]
+    shared: bool = False
 
     @classmethod
     def at(cls, *paths: Path) -> SplitFiles:

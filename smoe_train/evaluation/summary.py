@@ -248,7 +248,7 @@ def _average(groups: Sequence[Group], with_wnli: bool) -> Average | str:
         return ""
     for task in tasks:
         if len({group.split for group in by_task[task]}) < len(by_task[task]):
-            runs = ", ".join(group.runs[0] for group in by_task[task])
+            runs = ", ".join(dict.fromkeys(group.runs[0] for group in by_task[task]))
             return f"no GLUE average: {task} has runs of several settings ({runs}); name those of one setting only"
     means = [fmean(group.score.mean for group in by_task[task]) for task in tasks]
     constants = [fmean(group.constant_score for group in by_task[task]) for task in tasks]

@@ -1,8 +1,8 @@
 """The expert bank under expert parallelism: dropless dispatch over DeepSpeed's process groups.
 
-The only class that subclasses a DeepSpeed MoE class. DeepSpeed's engine recognises expert parameters by
-``isinstance(module, MoE)`` and by two attributes on each parameter; everything else of its MoE layer (gate, capacity,
-dispatch, its checkpoint files) is left out.
+`DeepSpeedExpertBank` is the only class that subclasses a DeepSpeed MoE class. DeepSpeed's engine recognises expert
+parameters by ``isinstance(module, MoE)`` and by two attributes on each parameter; everything else of its MoE layer
+(gate, capacity, dispatch, its checkpoint files) is left out.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ class ExchangePlan:
     here: DispatchPlan
 
 
-class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
+class FrozenExpertBank(nn.Module):
     """Runs a layer's experts, each on the one rank of the expert-parallel group that holds it.
 
     Tokens are sorted by expert, sent to the experts' ranks in an all-to-all of uneven blocks, computed there, sent
     back and put into slot order on their home rank. No token is dropped. Ranks without tokens and experts without
     tokens take part with zero rows. One host synchronisation a layer: the split sizes.
+
+    DeepSpeed's engine takes no notice of its experts, which must not be trained: ZeRO refuses a model whose MoE layers
+    have nothing to train.
 
     Args:
         topology: Which rank holds which expert.
@@ -61,7 +64,7 @@ class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
     """
 
     def __init__(self, topology: Topology, rank: int, make_experts: Callable[[range], nn.Module]) -> None:
-        nn.Module.__init__(self)  # not MoE.__init__, which would build DeepSpeed's gate and experts
+        nn.Module.__init__(self)  # of a subclass not MoE.__init__, which would build DeepSpeed's gate and experts
         self.topology = topology
         self.ep_size = topology.expert_parallel_size
         self.expert_group_name = f"ep_size_{self.ep_size}"
@@ -76,7 +79,7 @@ class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
         self._group: Any = None
         self._index = rank % self.ep_size  # among the ranks of the group, which are consecutive
 
-    def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engine: makes the expert-parallel groups once and remembers this layer's."""
         assert not use_data_before_expert_parallel_, "the topology numbers expert-parallel groups consecutively"
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
@@ -120,3 +123,7 @@ class DeepSpeedExpertBank(MoE):  # type: ignore[misc]
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """Plans and runs."""
         return self.run(x_TD, self.plan(x_TD, expert_ids_TK))
+
+
+class DeepSpeedExpertBank(FrozenExpertBank, MoE):  # type: ignore[misc]
+    """The bank whose experts are trained: DeepSpeed's engine reduces and shards them among the ranks that hold them."""

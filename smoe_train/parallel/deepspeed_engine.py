@@ -62,7 +62,8 @@ class DeepSpeedEngine:
         self._linked = False
         self._stage = config.zero_stage
         self._clip_here = clip_norm if config.zero_stage == 0 else None
-        bucket = min(LARGEST_BUCKET, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        bucket = min(LARGEST_BUCKET, trained + trained % 2)  # ZeRO insists on an even number of elements
         split = split_params_into_different_moe_groups_for_optimizer([dict(group) for group in parameter_groups])
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,

@@ -97,7 +97,7 @@ def check_optimizer_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]
 def fingerprints(
     model: SmoePreTrainedModel, read_weight: Callable[[nn.Parameter], Tensor]
 ) -> dict[str, tuple[range, Tensor]]:
-    """Returns by name the sum and the sum of squares of each of this rank's experts' weights, fp64 [E_local, 2].
+    """Returns by name the sum and the sum of squares of what is trained of this rank's experts, fp64 [E_local, 2].
 
     Args:
         model: The model.
@@ -107,6 +107,8 @@ def fingerprints(
     for path, module in model.named_modules():
         if isinstance(module, StackedExperts):
             for name, parameter in module.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 values = read_weight(parameter).flatten(1).double()
                 result[f"{path}.{name}"] = (module.expert_ids, torch.stack([values.sum(1), values.square().sum(1)], 1))
     return result

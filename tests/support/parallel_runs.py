@@ -17,6 +17,7 @@ import torch
 from support.tiny import tiny_recipe
 
 from smoe_train import assembly
+from smoe_train.assembly import build
 from smoe_train.checkpoint.model_state import expert_name, parameters_of, saved_buffers
 from smoe_train.model import SmoeForCausalLM
 from smoe_train.recipe import Recipe
@@ -54,7 +55,7 @@ def train(recipe: Recipe, change: Callable[[SmoeForCausalLM], None] | None = Non
         ``losses``: for each step the global mean of the task loss (``loss``) and of each router loss by name;
         ``norms``: gradient norms; ``weights``: parameters and saved buffers of this rank by topology-free name.
     """
-    build_model = assembly.build_model
+    build_model = build.build_model
 
     def changed_model(*arguments: Any) -> SmoeForCausalLM:
         model = build_model(*arguments)
@@ -65,8 +66,8 @@ def train(recipe: Recipe, change: Callable[[SmoeForCausalLM], None] | None = Non
     process, records = assembly.start_process(recipe), Records()
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(assembly, "make_optimizer", sgd),
-        patch.object(assembly, "build_model", changed_model),
+        patch.object(build, "make_optimizer", sgd),
+        patch.object(build, "build_model", changed_model),
     ):
         trainer = assembly.build_trainer(recipe, process, Path(folder))
     trainer.journal = records  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,29 @@ def tiny_recipe(text: Path, world_size: int | None = None, **sections: Any) -> R
         "reporting": {"log_every_steps": 3},
     }
     return check_recipe(Layered(merge(values, sections)), "tiny", world_size)
+
+
+def write_examples(folder: Path, num_examples: int = 60) -> Path:
+    """Writes a training and a dev split of word lists of unlike length; the class says which of two words is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    choices = WORDS.split()
+    state = 99
+    for split, count in (("train", num_examples), ("dev", 20)):
+        rows = []
+        for _ in range(count):
+            state = (1103515245 * state + 12345) % 2**31
+            length, label = 1 + (state >> 8) % 6, (state >> 20) % 2
+            words = [choices[(state >> (3 * place)) % len(choices)] for place in range(length)]
+            rows.append({"text": " ".join([*words, ("low", "high")[label]]), "label": label})
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def classification(folder: Path, **task: Any) -> dict[str, Any]:
+    """Returns the sections of a recipe that classifies what `write_examples` wrote."""
+    return {
+        "task": {"type": "sequence_classification", "dropout": 0.0, **task},
+        "data": {"source": "labelled", "path": str(folder), "labels": ["low", "high"]},
+        "evaluation": {"max_tokens": None},
+    }

@@ -140,7 +140,7 @@ def _undivided_mrpc(folder: Path) -> dict[str, SplitFiles]:
     if ids is None or not (folder / MRPC_TRAIN).is_file():
         return {}
     train = StoredFile.at(folder / MRPC_TRAIN)
-    both = SplitFiles((train,), (folder / MRPC_TRAIN, ids))
+    both = SplitFiles((train,), (folder / MRPC_TRAIN, ids), shared=True)
     found = {TRAIN: both, DEV: both}
     return found | ({TEST: SplitFiles.at(folder / MRPC_TEST)} if (folder / MRPC_TEST).is_file() else {})
 

@@ -32,7 +32,7 @@ class LabelledFilesConfig(LabelledConfig):
     """What to call the task in results."""
     hub: str | None = None
     """Id of the set on the Hugging Face hub, instead of files."""
-    hub_config: str | None = None
+    subset: str | None = None
     """Configuration of the set on the hub."""
     revision: str | None = None
     """Commit, tag or branch of the set on the hub; the newest by default."""
@@ -84,7 +84,7 @@ class LabelledFilesConfig(LabelledConfig):
         if (self.hub is None) == (not self.local):
             raise ValueError("give either hub or path (or train_path, dev_path, test_path)")
         if self.hub is None:
-            for key in ("hub_config", "revision", "train_split", "dev_split", "test_split"):
+            for key in ("subset", "revision", "train_split", "dev_split", "test_split"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} is of the hub and has no effect with files; remove it")
         elif self.columns is not None:
@@ -133,7 +133,7 @@ class LabelledFilesSource(SplitSource):
         if config.hub is not None:
             names = {TRAIN: config.train_split or "train", DEV: config.dev_split, TEST: config.test_split}
             return {
-                split: HubSplit(config.hub, config.hub_config, name, config.revision)
+                split: HubSplit(config.hub, config.subset, name, config.revision)
                 for split, name in names.items()
                 if name is not None
             }

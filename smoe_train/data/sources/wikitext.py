@@ -214,7 +214,7 @@ class WikitextSource(TextSource):
                 texts["train"].name, splits["train"], config.valid_fraction or 0.0, config.test_fraction or 0.0
             )
             splits = {**splits, **parts}
-        return Corpus.read(config.name, splits, per_word=True)
+        return Corpus.read("wikitext", splits, per_word=True)
 
     def _check(self, split: SplitName, name: str, found: Scan) -> None:
         edition = EDITIONS[self.config.edition]

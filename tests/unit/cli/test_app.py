@@ -6,7 +6,7 @@ from support.command import smoe_train
 import smoe_train as package
 from smoe_train.cli import app
 
-COMMANDS = ["train", "evaluate", "generate", "validate", "report", "routers", "doctor", "demo", "recipes"]
+COMMANDS = ["train", "data", "evaluate", "generate", "validate", "report", "routers", "doctor", "demo", "recipes"]
 
 
 def test_version():

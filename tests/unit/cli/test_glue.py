@@ -20,7 +20,7 @@ def test_the_summary_as_markdown(runs):
     found = smoe_train("glue", "summary", runs, "--markdown")
     assert found.code == 0, found.err
     assert found.out.splitlines() == [
-        "| setting | task | split | seeds | metrics | score | constant | difference |",
+        "| setting | task | split | seeds | metrics | score | constant | gain |",
         "|---|---|---|---|---|---|---|---|",
         "| rte-1 | rte | dev | 2 | accuracy 62.00 ± 2.83 | 62.00 ± 2.83 | 53.00 | +9.00 |",
         "|  | GLUE average |  | 2 | 1 of 9 tasks | 62.00 ± 2.83 | 53.00 | +9.00 |",

@@ -289,11 +289,6 @@ def test_every_option_reaches_the_runs(recipe, tmp_path):
 # The process of a run
 
 
-def test_the_module_is_the_command(capfd):
-    assert run_child(["--version"], []) == 0
-    assert capfd.readouterr().out == ""  # which is for results
-
-
 def stand_in(folder, monkeypatch, body):
     """Puts a shell script in the place of Python for the processes that are started."""
     path = folder / "python"
@@ -319,6 +314,14 @@ def test_a_signal_reaches_the_run_which_ends_in_its_own_way(tmp_path, monkeypatc
         assert run_child(["train"], received) == 75
         thread.join()
     assert received == [signal.SIGHUP]
+
+
+def test_what_a_run_prints_stays_out_of_the_results(tmp_path, monkeypatch, capfd):
+    stand_in(tmp_path, monkeypatch, 'echo "$@"\nexit 3')
+    assert run_child(["train", "tiny"], []) == 3
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == "-m smoe_train.cli.sweep train tiny\n"
 
 
 def test_a_run_that_is_killed_ends_with_128_and_the_signal(tmp_path, monkeypatch):

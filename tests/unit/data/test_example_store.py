@@ -11,6 +11,7 @@ from smoe_train.data import BytesConfig, build_tokenizer, known_corpora, prepare
 from smoe_train.data.example_store import ExampleSplit, ExampleStore, training_text, write_store
 from smoe_train.data.examples import Example, LabelledCorpus, TaskInfo
 from smoe_train.data.sources.labelled import LabelledFilesConfig, LabelledFilesSource
+from smoe_train.data.tokenizers.word import WordConfig
 from smoe_train.errors import DataError
 
 PAIRS = TaskInfo("pairs", "classification", ("no", "yes"), ("accuracy",), submissions={"test": "PAIRS.tsv"})
@@ -208,3 +209,19 @@ def test_processes_that_prepare_at_once_all_get_the_whole_store(files, tmp_path)
         process.join(20)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len([path for path in (cache / "stores").iterdir() if path.is_dir()]) == 1
+
+
+def test_bad_rows_leave_nothing_behind(files, tmp_path):
+    (tmp_path / "dev.tsv").write_text("text\tlabel\ngood\tperhaps\n")
+    with pytest.raises(DataError, match=r"dev\.tsv: line 2: the label 'perhaps'"):
+        prepare_examples(files, BytesConfig(), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_tokenizer_that_learns_is_learnt_once(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(known_corpora, "SETTLING_NANOSECONDS", 0)
+    store = prepare_examples(files, WordConfig(), tmp_path / "cache")
+    words = store.tokenizer().decode(store.split("train").tokens_of(0, 10).tolist())
+    assert words.split()[0] == "fine"
+    monkeypatch.setattr(LabelledFilesSource, "load", lambda *_: pytest.fail("was read again"))
+    assert prepare_examples(files, WordConfig(), tmp_path / "cache") == store

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -6,11 +7,23 @@ import os
 import numpy as np
 import pytest
 
-from smoe_train.data import BytesConfig, Corpus, Split, TokenStore, build_tokenizer, known_corpora, prepare
+from smoe_train.data import (
+    BytesConfig,
+    Corpus,
+    Split,
+    Tokenizer,
+    TokenStore,
+    TrainingText,
+    build_tokenizer,
+    known_corpora,
+    prepare,
+    progress,
+)
 from smoe_train.data.source import in_memory
-from smoe_train.data.sources.text import TextConfig, TextSource
+from smoe_train.data.sources.text import TextConfig, TextFilesSource
 from smoe_train.data.token_store import default_cache, write_store
-from smoe_train.data.tokenizers import Tokenizer
+from smoe_train.data.tokenizers.sentencepiece import SentencePieceConfig
+from smoe_train.data.tokenizers.word import WordConfig
 from smoe_train.errors import DataError
 
 TEXT = bytes(range(256)) * 40
@@ -52,40 +65,149 @@ def test_a_store_holds_the_text_split_by_split(text, cache):
 
 
 class PairTokenizer(Tokenizer):
-    """Two bytes make one token; an odd one at the end is dropped."""
+    """Two bytes of a document make one token; an odd one at its end is dropped."""
 
     vocab_size = 1 << 16
     fingerprint = "pairs"
+    separator_ids = (0,)
 
-    def encode(self, chunks):
-        left = b""
-        for chunk in chunks:
-            left += chunk
-            even = len(left) // 2 * 2
-            yield np.frombuffer(left[:even], dtype=">u2").astype(np.uint16)
-            left = left[even:]
+    def __init__(self):
+        self.config = BytesConfig()
 
-    def encode_text(self, text): ...
+    def encode(self, chunks, document_ends=None):
+        data, start = b"".join(chunks), 0
+        ends = [] if document_ends is None else document_ends.tolist()
+        for end in ends or [len(data)]:
+            even = start + (end - start) // 2 * 2
+            yield np.frombuffer(data[start:even], dtype=">u2").astype(np.uint16), bool(ends)
+            start = end
+
+    def build(self, config, text): ...
+    def encode_texts(self, texts): ...
     def decode(self, ids): ...
     def save(self, folder): ...
+    def load(self, folder, config): ...
 
 
 def test_tokens_and_bytes_are_counted_apart(tmp_path):
     corpus = Corpus.read("made-up", {"train": in_memory(b"\x01\x02\x03\x04\x05"), "valid": in_memory(b"\xff\xfe")})
-    write_store(tmp_path, corpus, PairTokenizer(BytesConfig()))
+    write_store(tmp_path, corpus, PairTokenizer())
     store = TokenStore.open(tmp_path)
     assert store.tokens("train").tolist() == [0x0102, 0x0304]
     assert store.tokens("valid").tolist() == [0xFFFE]
     assert (store.num_bytes("train"), store.num_bytes("valid")) == (5, 2)
     assert (tmp_path / "train.bin").read_bytes() == b"\x02\x01\x04\x03", "little-endian on every machine"
-    with pytest.raises(DataError, match="made-up has no test split; there are: train, valid"):
-        store.tokens("test")
+    assert store.vocab_size == 1 << 16
+    assert (store.document_ends("train"), store.num_words("train")) == (None, None)
+    for read in (store.tokens, store.num_bytes, store.num_words, store.document_ends):
+        with pytest.raises(DataError, match="made-up has no test split; there are: train, valid"):
+            read("test")
+
+
+def split_of(*documents, place="byte {:,}".format):
+    data = b"".join(documents)
+    ends = np.cumsum([len(document) for document in documents])
+    return Split(len(data), lambda: iter([data[:3], data[3:]]), ends, place)
+
+
+def test_documents_end_where_their_tokens_end_and_those_without_tokens_are_left_out(tmp_path):
+    corpus = Corpus.read("made-up", {"train": split_of(b"abc", b"d", b"ef", b"", b"ghij"), "valid": in_memory(b"xy")})
+    write_store(tmp_path, corpus, PairTokenizer())
+    store = TokenStore.open(tmp_path)
+    ends = store.document_ends("train")
+    assert isinstance(ends, np.memmap)
+    assert (ends.dtype, ends.tolist()) == (np.int64, [1, 2, 4])
+    assert store.tokens("train").tolist() == [0x6162, 0x6566, 0x6768, 0x696A]
+    assert (tmp_path / "train.documents.bin").read_bytes() == b"".join(i.to_bytes(8, "little") for i in (1, 2, 4))
+    assert store.document_ends("valid") is None
+    data = bytearray(store.documents_path("train").read_bytes())
+    data[0] ^= 1
+    store.documents_path("train").write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.documents\.bin: is damaged"):
+        store.verify()
+
+
+def test_the_same_bytes_in_other_documents_are_another_corpus():
+    valid = in_memory(b"valid")
+    texts = [in_memory(b"abcd"), split_of(b"abcd"), split_of(b"ab", b"cd"), split_of(b"a", b"bcd")]
+    assert len({Corpus.read("made-up", {"train": text, "valid": valid}).fingerprint for text in texts}) == 4
+
+
+def test_words_are_counted_of_the_bytes_whatever_the_tokenizer(tmp_path):
+    # Six words and two lines in train, cut inside the first word; two words and one unfinished line in valid.
+    splits = {"train": split_of(b"a longer\n", b" b  c  d e \n"), "valid": in_memory("naïve x".encode())}
+    corpus = Corpus.read("made-up", splits, per_word=True)
+    text = TrainingText(splits["train"], corpus.fingerprint, tmp_path)
+    for name, config in {"bytes": BytesConfig(), "word": WordConfig()}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        write_store(folder, corpus, build_tokenizer(config, text))
+        store = TokenStore.open(folder)
+        assert (store.num_words("train"), store.num_words("valid")) == (8, 3)
+        assert store.document_ends("train").tolist() == ([9, 21] if name == "bytes" else [3, 8])
+        assert (store.record.splits["train"].unknown, store.record.splits["valid"].unknown) == (
+            (None, None) if name == "bytes" else (0, 2)
+        )
+
+
+def test_what_is_no_text_is_named_by_the_place_that_the_source_gives_it(tmp_path):
+    splits = {"train": split_of(b"good\n"), "valid": split_of(b"ok\n", b"b\xe4d", place="poems.txt, byte {}".format)}
+    corpus = Corpus.read("made-up", splits)
+    tokenizer = build_tokenizer(WordConfig(), TrainingText(splits["train"], corpus.fingerprint, tmp_path))
+    (tmp_path / "store").mkdir()
+    with pytest.raises(DataError, match=r"made-up: valid split, poems\.txt, byte 4: is not UTF-8 text.*convert"):
+        write_store(tmp_path / "store", corpus, tokenizer)
+
+
+def test_the_tokenizer_lies_in_the_store(tmp_path, cache):
+    (tmp_path / "text.txt").write_text("a b c d\n" * 100)
+    (tmp_path / "words.txt").write_text("c\nb\na\n")
+    store = prepare(TextConfig(path=tmp_path / "text.txt"), WordConfig(path=tmp_path / "words.txt"), cache)
+    (tmp_path / "words.txt").unlink()
+    tokenizer = store.tokenizer()
+    assert tokenizer.decode(store.tokens("train")[:5].tolist()) == "a b c <unk>\n"
+    assert (tokenizer.vocab_size, store.vocab_size, store.checksums()["tokenizer"]) == (5, 5, tokenizer.fingerprint)
+    assert prepare(TextConfig(path=tmp_path / "text.txt"), tokenizer, cache) == store, "a ready one will do as well"
+    (store.folder / "tokenizer" / "vocabulary.txt").write_text("x\n")
+    with pytest.raises(DataError, match="is damaged or was changed"):
+        store.verify()
+    (store.folder / "tokenizer" / "smoe_tokenizer.json").unlink()
+    with pytest.raises(DataError, match="holds no saved tokenizer"):
+        TokenStore.open(store.folder)
+
+
+def test_learning_and_tokenizing_happen_once(tmp_path, cache, settled, monkeypatch):
+    (tmp_path / "text.txt").write_text("a b c d\n" * 100)
+    config = TextConfig(path=tmp_path / "text.txt")
+    first = {kind: prepare(config, kind, cache) for kind in (WordConfig(), SentencePieceConfig(vocab_size=266))}
+    assert {store.vocab_size for store in first.values()} == {6, 266}
+    monkeypatch.setattr(TextFilesSource, "load", lambda *_: pytest.fail("was read again"))
+    for kind, store in first.items():
+        assert prepare(config, kind, cache) == store
+
+
+def test_progress_is_reported_in_bytes_of_the_text(text, cache):
+    reports = []
+
+    class Recorder:
+        @contextlib.contextmanager
+        def task(self, description, total):
+            reports.append([description, total, 0])
+            yield lambda num_bytes: reports.__setitem__(-1, [*reports[-1][:2], reports[-1][2] + num_bytes])
+
+    with progress.using(Recorder()):
+        prepare(text, BytesConfig(), cache)
+    assert reports == [
+        ["tokenizing train", 7168, 7168],
+        ["tokenizing valid", 1024, 1024],
+        ["tokenizing test", 2048, 2048],
+    ]
 
 
 def test_a_text_too_short_for_one_token_is_refused(tmp_path):
     corpus = Corpus.read("made-up", {"train": in_memory(b"ab"), "valid": in_memory(b"c")})
     with pytest.raises(DataError, match="valid: the split has 1 bytes but not one token"):
-        write_store(tmp_path, corpus, PairTokenizer(BytesConfig()))
+        write_store(tmp_path, corpus, PairTokenizer())
 
 
 def test_a_text_that_changes_between_fingerprint_and_tokens_is_refused(tmp_path):
@@ -97,7 +219,7 @@ def test_a_text_that_changes_between_fingerprint_and_tokens_is_refused(tmp_path)
 
 def test_an_unchanged_text_is_not_read_again(text, cache, settled, monkeypatch):
     first = prepare(text, BytesConfig(), cache)
-    monkeypatch.setattr(TextSource, "load", lambda *_: pytest.fail("was read again"))
+    monkeypatch.setattr(TextFilesSource, "load", lambda *_: pytest.fail("was read again"))
     assert prepare(text, BytesConfig(), cache) == first
 
 
@@ -115,8 +237,8 @@ def test_a_text_replaced_with_size_and_time_preserved_gets_a_new_store(text, cac
 def test_a_text_changed_within_the_last_two_seconds_is_read_again(text, cache, monkeypatch):
     prepare(text, BytesConfig(), cache)
     loads = []
-    load = TextSource.load
-    monkeypatch.setattr(TextSource, "load", lambda self, cache: loads.append(1) or load(self, cache))
+    load = TextFilesSource.load
+    monkeypatch.setattr(TextFilesSource, "load", lambda self, cache: loads.append(1) or load(self, cache))
     prepare(text, BytesConfig(), cache)
     assert loads
 
@@ -140,7 +262,7 @@ def test_damage_is_detected_and_named(text, cache):
     with pytest.raises(DataError, match=r"train\.bin: has 7,167 bytes instead of 7,168"):
         TokenStore.open(store.folder)
     path.unlink()
-    with pytest.raises(DataError, match=r"has 0 bytes"):
+    with pytest.raises(DataError, match=r"is missing instead of 7,168"):
         TokenStore.open(store.folder)
 
 
@@ -170,8 +292,8 @@ def test_a_record_cannot_point_outside_its_folder(text, cache):
 def test_another_format_is_refused(text, cache):
     store = prepare(text, BytesConfig(), cache)
     path = store.folder / "store.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(DataError, match="has format 2, this version reads 1"):
+    path.write_text('{"format_version": 1, "source": "as of old"}')
+    with pytest.raises(DataError, match="has format 1, this version reads 2"):
         TokenStore.open(store.folder)
 
 

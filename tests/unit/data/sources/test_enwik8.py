@@ -1,18 +1,21 @@
-import http.server
+import hashlib
 import io
 import os
-import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.file_server import serving
 
-from smoe_train.data import BytesConfig, build_source, prepare
-from smoe_train.data.source import checksum
-from smoe_train.data.sources import enwik8
+from smoe_train.data import BytesConfig, build_source, download, prepare
+from smoe_train.data.download import Published
+from smoe_train.data.sources import enwik8, hub
 from smoe_train.data.sources.enwik8 import Enwik8Config
 from smoe_train.errors import DataError
 
+SHARED = Path(os.environ.get("SMOE_TRAIN_DATA", Path(__file__).parents[5] / "shared" / "data"))
+REAL = SHARED / "enwik8" / "enwik8.0-3000000"
 TEXT = bytes(i * 7 % 251 for i in range(2000))
 
 
@@ -41,8 +44,8 @@ def raw(tmp_path):
 @pytest.fixture
 def whole_is_small(monkeypatch):
     """Pretends that TEXT is all of enwik8, split 1800 / 100 / 100."""
-    monkeypatch.setattr(enwik8, "FULL_BYTES", len(TEXT))
-    monkeypatch.setattr(enwik8, "FULL_MD5", checksum([TEXT], "md5")[1])
+    small = replace(enwik8.ENWIK8, num_bytes=len(TEXT), md5=hashlib.md5(TEXT).hexdigest())
+    monkeypatch.setattr(enwik8, "ENWIK8", small)
     return Enwik8Config(train_bytes=1800, valid_bytes=100, test_bytes=100)
 
 
@@ -88,15 +91,21 @@ def test_a_longer_file_is_not_taken_for_enwik8(raw, tmp_path, whole_is_small):
         contents(whole_is_small.model_copy(update={"path": raw}), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../enwik8", "/enwik8", "data/enwik8", "ENWIK8", "enwik8/"])
+@pytest.mark.parametrize("name", ["data/enwik8", "ENWIK8", "enwik8/"])
 def test_only_the_member_enwik8_is_read(tmp_path, name):
     path = zipped(tmp_path / "a.zip", **{name: TEXT if name[-1] != "/" else b""})
     with pytest.raises(DataError, match="holds no member named 'enwik8'"):
         contents(piece(path), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../enwik8", "/enwik8"])
+def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="leads out of its folder"):
+        contents(piece(zipped(tmp_path / "a.zip", enwik8=TEXT, **{name: TEXT})), tmp_path)
+
+
 def test_a_member_larger_than_enwik8_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(enwik8, "FULL_BYTES", 1999)
+    monkeypatch.setattr(enwik8, "ENWIK8", replace(enwik8.ENWIK8, num_bytes=1999))
     with pytest.raises(DataError, match=r"has 2,000 bytes \(at most 1,999\)"):
         contents(piece(zipped(tmp_path / "a.zip", enwik8=TEXT)), tmp_path)
 
@@ -116,39 +125,27 @@ def test_damaged_archives_are_errors(tmp_path):
 def test_a_path_to_nothing_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"there is no such file; set data\.path"):
         contents(piece(tmp_path / "absent"), tmp_path)
-    with pytest.raises(DataError, match="there is no such file"):
-        contents(piece(tmp_path), tmp_path)
 
 
 @pytest.fixture
 def server(monkeypatch, whole_is_small):
-    """Serves a small archive as if it were the published one; ``served`` may be changed by the test."""
+    """Serves a small archive as if it were the published one; the hub has nothing."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("enwik8", TEXT)
-    served = {"data": buffer.getvalue(), "requests": 0}
+    data = buffer.getvalue()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0.0)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            served["requests"] += 1
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(served["data"]) + served.get("missing", 0)))
-            self.end_headers()
-            self.wfile.write(served["data"])
+    def load_hub(name, config, split, revision):
+        raise DataError("no hub")
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(enwik8, "URL", f"http://127.0.0.1:{httpd.server_port}/enwik8.zip")
-        monkeypatch.setattr(enwik8, "ZIP_BYTES", len(served["data"]))
-        monkeypatch.setattr(enwik8, "ZIP_SHA256", checksum([served["data"]])[1])
-        yield served
-        httpd.shutdown()
-        thread.join()
+    monkeypatch.setattr(hub, "load_hub", load_hub)
+    with serving(**{"enwik8.zip": data}) as server:
+        published = Published("enwik8.zip", [f"{server.url}/enwik8.zip"], hashlib.sha256(data).hexdigest())
+        published = replace(published, num_bytes=len(data))
+        monkeypatch.setattr(enwik8, "ENWIK8", replace(enwik8.ENWIK8, archive=published))
+        yield server
 
 
 def test_without_a_path_the_archive_is_downloaded_once(server, whole_is_small, tmp_path):
@@ -158,45 +155,117 @@ def test_without_a_path_the_archive_is_downloaded_once(server, whole_is_small, t
             "valid": TEXT[1800:1900],
             "test": TEXT[1900:],
         }
-    assert server["requests"] == 1
+    assert len(server.requests) == 1
 
 
 def test_a_damaged_download_in_the_cache_is_fetched_again(server, whole_is_small, tmp_path):
     contents(whole_is_small, tmp_path)
-    archive = tmp_path / "downloads" / "enwik8" / "enwik8.zip"
+    archive = tmp_path / "downloads" / "enwik8.zip"
     archive.write_bytes(archive.read_bytes()[:-1])
     assert contents(whole_is_small, tmp_path)["train"] == TEXT[:1800]
-    assert server["requests"] == 2
+    assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize("data", [b"<html>moved</html>", b"x" * 100_000])
-def test_something_else_than_the_archive_is_refused_and_not_kept(server, whole_is_small, tmp_path, data):
-    server["data"] = data
-    with pytest.raises(DataError, match=r"not the published archive\. Fetch enwik8\.zip .* set data\.path"):
+def test_without_the_archive_the_hub_is_asked_and_its_text_checked(server, whole_is_small, tmp_path, monkeypatch):
+    server.status, asked = 404, []
+    text = "é" * 1000
+
+    class Row:
+        def iter(self, batch_size):
+            yield {"text": [text]}
+
+    def load_hub(*arguments):
+        asked.append(arguments)
+        return Row()
+
+    monkeypatch.setattr(hub, "load_hub", load_hub)
+    monkeypatch.setattr(enwik8, "ENWIK8", replace(enwik8.ENWIK8, md5=hashlib.md5(text.encode()).hexdigest()))
+    for _ in range(2):
+        assert b"".join(contents(whole_is_small, tmp_path).values()) == text.encode()
+    assert asked == [("LTCB/enwik8", "enwik8-raw", "train", "refs/convert/parquet")]
+    assert len(server.requests) == 1
+
+
+def test_a_hub_with_another_text_is_refused_and_both_failures_are_told(server, whole_is_small, tmp_path, monkeypatch):
+    server.status = 404
+
+    class Row:
+        def iter(self, batch_size):
+            yield {"text": ["another"]}
+
+    monkeypatch.setattr(hub, "load_hub", lambda *_: Row())
+    with pytest.raises(DataError, match=r"HTTP 404.*set data\.path.*Nor from the hub: .*not its contents"):
         contents(whole_is_small, tmp_path)
-    assert not list((tmp_path / "downloads").rglob("*.zip"))
+    assert not [path for path in (tmp_path / "downloads").rglob("*") if path.suffix != ".lock"]
 
 
-def test_a_download_that_breaks_off_is_refused(server, whole_is_small, tmp_path):
-    server["data"], server["missing"] = server["data"][:-10], 10
-    with pytest.raises(DataError, match=r"set data\.path"):
-        contents(whole_is_small, tmp_path)
-    assert not list((tmp_path / "downloads").rglob("*.zip"))
-
-
-def test_an_unreachable_server_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(enwik8, "URL", "http://127.0.0.1:9/enwik8.zip")
-    message = (
-        r"cannot download http://127\.0\.0\.1:9/enwik8\.zip.*36,445,475 bytes.*set data\.path.*data\.source=pydocs"
-    )
+def test_an_unreachable_server_is_an_error_that_says_what_to_do(server, whole_is_small, tmp_path, monkeypatch):
+    published = replace(enwik8.ENWIK8.archive, urls=["http://127.0.0.1:9/enwik8.zip"])
+    monkeypatch.setattr(enwik8, "ENWIK8", replace(enwik8.ENWIK8, archive=published))
+    message = r"cannot download http://127\.0\.0\.1:9/enwik8\.zip.*set data\.path.*data\.source=pydocs.*no hub"
     with pytest.raises(DataError, match=message):
-        contents(Enwik8Config(), tmp_path)
+        contents(whole_is_small, tmp_path)
 
 
-@pytest.mark.skipif("SMOE_TRAIN_DATA" not in os.environ, reason="SMOE_TRAIN_DATA names no folder of real data")
+def numbers_as_prep_enwik8_writes_them(data):
+    """The line of Transformer-XL's prep_enwik8.py, word for word."""
+    return " ".join([str(c) if c != ord("\n") else "\n" for c in data]).encode()
+
+
+@pytest.fixture
+def number_folder(tmp_path):
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    for name, data in EXPECTED.items():
+        (folder / f"{name}.txt").write_bytes(numbers_as_prep_enwik8_writes_them(data))
+    return folder
+
+
+def test_a_folder_of_numbers_is_read_as_the_bytes_they_stand_for(number_folder, tmp_path, monkeypatch):
+    assert contents(piece(number_folder), tmp_path) == EXPECTED
+    monkeypatch.setattr(enwik8, "CHUNK_BYTES", 7)
+    assert contents(piece(number_folder), tmp_path) == EXPECTED
+    (number_folder / "test.txt").unlink()
+    with pytest.raises(DataError, match=r"there is no test\.txt.*data\.test_bytes=0"):
+        contents(piece(number_folder), tmp_path)
+    assert set(contents(piece(number_folder, test_bytes=0), tmp_path)) == {"train", "valid"}
+
+
+def test_a_whole_folder_of_numbers_must_be_the_published_text(number_folder, tmp_path, monkeypatch):
+    small = replace(enwik8.ENWIK8, num_bytes=len(TEXT), md5=hashlib.md5(TEXT).hexdigest())
+    monkeypatch.setattr(enwik8, "ENWIK8", small)
+    assert contents(piece(number_folder), tmp_path) == EXPECTED
+    path = number_folder / "test.txt"
+    path.write_bytes(path.read_bytes().replace(b"7", b"8"))
+    with pytest.raises(DataError, match="has enwik8's size but not its contents"):
+        contents(piece(number_folder), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"1 2 256 4", r"train\.txt: number 3 is '256'; only 0 to 255"),
+        (b"1 2  4", r"number 3 is ''"),
+        (b"1 2\n4", r"number 2 is '2\\n4'"),
+        (b"\xef\xbb\xbf1 2", r"number 1 is"),
+        (b"", r"number 1 is ''"),
+    ],
+)
+def test_what_is_no_number_is_an_error_with_its_place(number_folder, tmp_path, data, message):
+    (number_folder / "train.txt").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        contents(piece(number_folder), tmp_path)
+
+
+def test_number_files_of_other_sizes_are_not_taken_for_the_splits(number_folder, tmp_path):
+    message = r"if they are meant to be a piece.*data\.train_bytes=1500 data\.valid_bytes=300 data\.test_bytes=200"
+    with pytest.raises(DataError, match=message):
+        contents(piece(number_folder, train_bytes=1600), tmp_path)
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the folder of real data is absent (SMOE_TRAIN_DATA)")
 def test_the_first_three_million_bytes_of_the_real_file(tmp_path):
-    path = Path(os.environ["SMOE_TRAIN_DATA"]) / "enwik8" / "enwik8.0-3000000"
+    path = REAL
     config = Enwik8Config(path=path, train_bytes=2_700_000, valid_bytes=150_000, test_bytes=150_000)
     store = prepare(config, BytesConfig(), tmp_path)
     store.verify()

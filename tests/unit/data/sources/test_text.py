@@ -86,3 +86,33 @@ def test_an_empty_split_file_is_an_error(tmp_path):
     config = TextConfig(path=write(tmp_path / "a", b"abc"), valid_path=write(tmp_path / "b", b""))
     with pytest.raises(DataError, match="the valid split is empty"):
         contents(config, tmp_path)
+
+
+def test_several_files_are_documents_and_one_is_not(tmp_path):
+    for name in "abcd":
+        write(tmp_path / f"{name}.txt", name.encode() * 10)
+    folder = build_source(TextConfig(path=tmp_path, valid_fraction=0.25, test_fraction=0.25)).load(tmp_path)
+    assert {name: split.document_ends.tolist() for name, split in folder.splits.items()} == {
+        "train": [10, 20],
+        "valid": [10],
+        "test": [10],
+    }
+    assert folder.splits["valid"].place(3) == f"{tmp_path / 'c.txt'}, byte 3"
+    single = build_source(TextConfig(path=tmp_path / "a.txt", valid_path=tmp_path / "b.txt")).load(tmp_path)
+    assert {split.document_ends for split in single.splits.values()} == {None}
+    mixed = build_source(TextConfig(path=tmp_path / "a.txt", valid_path=write_folder(tmp_path / "v"))).load(tmp_path)
+    assert mixed.splits["train"].document_ends.tolist() == [10], "with documents in one split there are some in all"
+
+
+def write_folder(folder):
+    folder.mkdir()
+    write(folder / "1.txt", b"one")
+    write(folder / "2.txt", b"two")
+    return folder
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "home")
+    (folder / "0.txt").symlink_to(write(tmp_path / "secret.txt", b"secret"))
+    with pytest.raises(DataError, match=r"0\.txt: is a link out of .*home"):
+        contents(TextConfig(path=folder), tmp_path)
