@@ -1,8 +1,8 @@
 """Times the loader alone beside the training steps that it feeds, and watches its memory over an epoch.
 
 First a token store of several GB is made up in a temporary folder, dropped from the page cache (as far as the system
-follows that advice), opened, and read for an epoch in each way to make samples of it, in a process of its own. Memory is
-what this process holds by itself: pages of mapped files are the system's, who takes them back as it needs them. Then
+follows that advice), opened, and read for an epoch in each way to make samples of it, in a process of its own. Memory
+is what this process holds by itself: pages of mapped files are the system's, who takes them back as needed. Then
 batches of the demo recipe's shape are timed alone and beside a real training step of the demo's model (forward,
 backward, AdamW) on the same batches, in interleaved rounds; each ratio is the median over rounds of tokens a second of
 the loader over those of the steps. One process does the work of all the demo's ranks.

@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+checkpoint_app = typer.Typer(help="Checkpoints of runs.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 glue_app = typer.Typer(help="Results of many fine-tuning runs, and GLUE's submission.", no_args_is_help=True)
 app.add_typer(glue_app, name="glue")
 data_app = typer.Typer(help="A recipe's data, without training.", no_args_is_help=True)
@@ -250,6 +252,19 @@ def tokenizer_show(
     from smoe_train.cli import tokenizer as command
 
     command.show(source, tuple(overrides or ()), text, json)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    which: Which = "best",
+    json: AsJson = False,
+) -> None:
+    """Write a checkpoint as a folder that transformers loads, with its tokenizer."""
+    from smoe_train.cli import export as command
+
+    command.export(run, folder, which, json)
 
 
 @recipes_app.command("list")

@@ -317,15 +317,13 @@ def signals_into(received: list[signal.Signals]) -> Iterator[None]:
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before: dict[signal.Signals, object] = {}
-    for number in FORWARDED:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: the user wants it ignored
-            before[number] = signal.signal(number, note)
+    heard = [one for one in FORWARDED if signal.getsignal(one) != signal.SIG_IGN]  # nohup: the user wants it ignored
+    before = {one: signal.signal(one, note) for one in heard}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
 
 def _wait(launcher: subprocess.Popen[bytes], received: Sequence[signal.Signals], logs: Path) -> int:

@@ -21,6 +21,7 @@ from smoe_train.data import progress
 from smoe_train.data.build_once import build_once
 from smoe_train.data.examples import EXAMPLE_SPLITS, TEST, Example, ExampleSplitName, LabelledCorpus, TaskInfo
 from smoe_train.data.known_corpora import recall, remember, take_stamp
+from smoe_train.data.memory_map import ReopensMaps
 from smoe_train.data.saved_tokenizer import FOLDER as TOKENIZER_FOLDER
 from smoe_train.data.saved_tokenizer import load_tokenizer, ready_tokenizer, save_tokenizer
 from smoe_train.data.source import LabelledSource, SourceConfig, Split, build_source
@@ -86,7 +87,7 @@ class ExampleStoreRecord(FormatRecord):
 
 
 @dataclass(frozen=True)
-class ExampleSplit:
+class ExampleSplit(ReopensMaps):
     """The examples of one split, memory-mapped.
 
     Attributes:

@@ -11,5 +11,5 @@ class LoaderConfig(StrictModel):
     """How batches are brought to the process that trains; no option changes what they contain."""
 
     num_workers: int = Field(0, ge=0)
-    """Processes that cut batches ahead of time. A batch is a copy out of a memory map (well below a millisecond), so 0,
-    the training process itself, is rarely the slower choice; workers help where the disk is slow."""
+    """Processes that make batches ahead of time, each the next two steps. A batch is a copy out of a memory map (about
+    a millisecond), so 0, the training process itself, is rarely slower; workers help where the disk is slow."""

@@ -6,7 +6,6 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from smoe_train.data.examples import Metric, TaskInfo
 from smoe_train.errors import DataError
 
 Numbers = npt.NDArray[np.float64]
+Classes = npt.NDArray[np.int64]
 
 logger = logging.getLogger("smoe_train")
 
@@ -39,17 +39,11 @@ def compute_metrics(task: TaskInfo, labels: Numbers, predictions: Numbers) -> di
     Raises:
         DataError: There are no examples, or ``f1`` is asked for with more classes than two.
     """
-    assert labels.shape == predictions.shape, f"{labels.shape} labels, {predictions.shape} predictions"
-    assert np.isfinite(labels).all(), "a label is not a number"
-    assert np.isfinite(predictions).all(), "a prediction is not a number"
-    if len(labels) == 0:
-        raise DataError(f"task {task.name}: there are no labelled examples to measure on")
-    if "f1" in task.metrics and len(task.labels) != 2:
-        raise DataError(
-            f"task {task.name}: the metric f1 is that of class 1 of two, and this task has {len(task.labels)} classes; "
-            "use accuracy or matthews"
-        )
-    return {name: _METRICS[name](task.name, labels, predictions) for name in task.metrics}
+    found = _compute(task, labels, predictions)
+    for name, (_, undefined) in found.items():
+        if undefined:
+            logger.warning("%s: %s is undefined, as %s, and counts as 0", task.name, name, undefined)
+    return {name: value for name, (value, _) in found.items()}
 
 
 def task_score(metrics: Mapping[str, float]) -> float:
@@ -70,65 +64,68 @@ def constant_prediction(task: TaskInfo, train_labels: Numbers) -> float:
 def constant_baseline(task: TaskInfo, train_labels: Numbers, labels: Numbers) -> dict[str, float]:
     """Returns what `constant_prediction` scores on a split, by metric; its correlations are 0."""
     constant = np.full(len(labels), constant_prediction(task, train_labels))
-    return compute_metrics(task, labels, constant)
+    return {name: value for name, (value, _) in _compute(task, labels, constant).items()}
 
 
-def _accuracy(task: str, labels: Numbers, predictions: Numbers) -> float:
+def _compute(task: TaskInfo, labels: Numbers, predictions: Numbers) -> dict[str, tuple[float, str]]:
+    """Returns each metric, and why it is undefined if it is."""
+    assert labels.shape == predictions.shape, f"{labels.shape} labels, {predictions.shape} predictions"
+    assert np.isfinite(labels).all(), "a label is not a number"
+    assert np.isfinite(predictions).all(), "a prediction is not a number"
+    if len(labels) == 0:
+        raise DataError(f"task {task.name}: there are no labelled examples to measure on")
+    if "f1" in task.metrics and len(task.labels) != 2:
+        raise DataError(
+            f"task {task.name}: the metric f1 is that of class 1 of two, and this task has {len(task.labels)} classes; "
+            "use accuracy or matthews"
+        )
+    if task.kind == "classification":
+        return {name: _OF_CLASSES[name](labels.astype(np.int64), predictions.astype(np.int64)) for name in task.metrics}
+    return {name: _correlation(name, labels, predictions) for name in task.metrics}
+
+
+def _accuracy(labels: Classes, predictions: Classes) -> tuple[float, str]:
     from sklearn.metrics import accuracy_score
 
-    return float(accuracy_score(labels.astype(np.int64), predictions.astype(np.int64)))
+    return float(accuracy_score(labels, predictions)), ""
 
 
-def _f1(task: str, labels: Numbers, predictions: Numbers) -> float:
+def _f1(labels: Classes, predictions: Classes) -> tuple[float, str]:
     from sklearn.metrics import f1_score
 
-    if not (labels == 1).any() and not (predictions == 1).any():
-        _warn_undefined(task, "f1", "neither labels nor predictions have class 1")
-    return float(f1_score(labels.astype(np.int64), predictions.astype(np.int64), pos_label=1, zero_division=0.0))
+    there = (labels == 1).any() or (predictions == 1).any()
+    value = float(f1_score(labels, predictions, pos_label=1, zero_division=0.0))
+    return value, "" if there else "neither labels nor predictions have class 1"
 
 
-def _matthews(task: str, labels: Numbers, predictions: Numbers) -> float:
+def _matthews(labels: Classes, predictions: Classes) -> tuple[float, str]:
     from sklearn.metrics import matthews_corrcoef
 
-    if _constant(labels) or _constant(predictions):
-        _warn_undefined(task, "matthews", "labels or predictions are all of one class")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # says that there is a single label, as has been logged
-        return float(matthews_corrcoef(labels.astype(np.int64), predictions.astype(np.int64)))
+        warnings.simplefilter("ignore", UserWarning)  # says that there is a single label, as is logged
+        value = float(matthews_corrcoef(labels, predictions))
+    constant = _constant(labels) or _constant(predictions)
+    return value, "labels or predictions are all of one class" if constant else ""
 
 
-def _correlation(name: str) -> Callable[[str, Numbers, Numbers], float]:
-    def correlation(task: str, labels: Numbers, predictions: Numbers) -> float:
-        from scipy import stats
+def _correlation(name: Metric, labels: Numbers, predictions: Numbers) -> tuple[float, str]:
+    from scipy import stats
 
-        function = cast("Callable[[Numbers, Numbers], Any]", getattr(stats, f"{name}r"))
-        if _constant(labels) or _constant(predictions):
-            _warn_undefined(task, name, "labels or predictions are constant")
-            return 0.0
-        with warnings.catch_warnings():
-            # What is constant but for rounding has a value in GLUE's code too, if a doubtful one.
-            warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-            value = float(function(predictions, labels)[0])
-        if math.isnan(value):
-            _warn_undefined(task, name, "the numbers are too large")
-            return 0.0
-        return value
-
-    return correlation
+    if _constant(labels) or _constant(predictions):
+        return 0.0, "labels or predictions are constant"
+    with warnings.catch_warnings():
+        # What is constant but for rounding has a value in GLUE's code too, if a doubtful one.
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        value = float({"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name](predictions, labels)[0])
+    return (0.0, "the numbers are too large") if math.isnan(value) else (value, "")
 
 
-def _constant(values: Numbers) -> bool:
+def _constant(values: Numbers | Classes) -> bool:
     return bool((values == values[0]).all())
 
 
-def _warn_undefined(task: str, metric: str, reason: str) -> None:
-    logger.warning("%s: %s is undefined, as %s, and counts as 0", task, metric, reason)
-
-
-_METRICS: dict[Metric, Callable[[str, Numbers, Numbers], float]] = {
+_OF_CLASSES: dict[Metric, Callable[[Classes, Classes], tuple[float, str]]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "matthews": _matthews,
-    "pearson": _correlation("pearson"),
-    "spearman": _correlation("spearman"),
 }

@@ -151,7 +151,8 @@ def _marker(steps: NDArray[np.float64]) -> str:
 
 def _loss(figure: Figure, metrics: Records, baselines: Mapping[str, float]) -> bool:
     in_bits = any("bits_per_byte" in record for record in metrics)
-    key, unit = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "loss (nats per token)")
+    per_token = not any("score" in record for record in metrics)
+    key, unit = ("bits_per_byte", "bits per byte") if in_bits else ("loss", f"loss{' (nats per token)' * per_token}")
     curves = {name: curve for name, records in _curves(metrics) if len((curve := _series(records, key))[0])}
     if not curves:
         return False
@@ -209,7 +210,8 @@ def _baselines(axis: Axes, levels: Mapping[str, float]) -> None:
 
 def _task(figure: Figure, metrics: Records) -> bool:
     scored = [record for record in metrics if record["split"] != "train"]
-    plain = {"step", "loss", "bits_per_byte", "perplexity", "tokens", "step_seconds", "learning_rate", "top_k"}
+    plain = {"step", "loss", "bits_per_byte", "perplexity", "word_perplexity", "tokens", "evaluated_tokens", "examples"}
+    plain |= {"step_seconds", "learning_rate", "top_k"}
     names = sorted(
         {
             key

@@ -76,20 +76,32 @@ def write_report(run_folder: Path) -> Path:
     return folder / "report.html"
 
 
+NO_METRICS = frozenset({"step", "split", "top_k", "loss", "examples", "tokens", "score"})
+
+
 def headline(metrics: Records) -> list[tuple[str, str]]:
     """Returns the figures at the top of the page, as label and text."""
     train = [record for record in metrics if record["split"] == "train"]
     valid = _validations(metrics)
     figures: list[tuple[str, str]] = [("step", f"{max(record['step'] for record in metrics):,}")]
+    unit = "" if is_downstream(metrics) else " (nats/token)"
     if train:
-        figures.append(("last training loss (nats/token)", _number(train[-1].get("loss"))))
+        figures.append((f"last training loss{unit}", _number(train[-1].get("loss"))))
     if valid:
-        best = min(valid, key=lambda record: _sortable(record.get("loss")))
-        figures.append(("last validation loss (nats/token)", _number(valid[-1].get("loss"))))
-        figures.append((f"best validation loss, at step {best['step']:,}", _number(best.get("loss"))))
-        for key, label in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
-            if key in best:
-                figures.append((f"best validation {label}", _number(best[key])))
+        best = min(valid, key=_cost)
+        figures.append((f"last validation loss{unit}", _number(valid[-1].get("loss"))))
+        figures.append(
+            (
+                f"best validation{' score' if 'score' in best else ' loss'}, at step {best['step']:,}",
+                _number(best.get("score", best.get("loss"))),
+            )
+        )
+        further = [key for key in ("bits_per_byte", "perplexity", "word_perplexity") if key in best]
+        figures += [(f"best validation {key.replace('_', ' ')}", _number(best[key])) for key in further]
+    for record in metrics:
+        if record["split"].startswith(("dev", "test")) and "score" in record:
+            named = [(key, value) for key, value in record.items() if key not in NO_METRICS]
+            figures += [(f"{record['split']} {name}", _number(value)) for name, value in named]
     if train and "tokens" in train[-1]:
         figures.append(("tokens seen", f"{train[-1]['tokens']:,}"))
     rate, seconds = speed(train)
@@ -98,6 +110,15 @@ def headline(metrics: Records) -> list[tuple[str, str]]:
     if seconds > 0:
         figures.append(("time in training steps", duration(seconds)))
     return figures
+
+
+def is_downstream(metrics: Records) -> bool:
+    """Returns whether the records are of a classifier, which has a score."""
+    return any("score" in record for record in metrics)
+
+
+def _cost(record: Mapping[str, Any]) -> float:
+    return -_sortable(record["score"]) if "score" in record else _sortable(record.get("loss"))
 
 
 def speed(train: Records) -> tuple[float | None, float]:
@@ -131,7 +152,7 @@ def results(metrics: Records, baselines: Mapping[str, float]) -> list[tuple[str,
 
 def _validations(metrics: Records) -> Records:
     """Returns the validations at the run's own top_k: further ones of a step, at others, are no result of the run."""
-    series = by_rank_in_step(record for record in metrics if record["split"] == "valid")
+    series = by_rank_in_step(record for record in metrics if record["split"] in ("valid", "selection"))
     return series[0] if series else []
 
 

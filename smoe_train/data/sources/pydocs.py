@@ -13,9 +13,9 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,15 @@ MIN_DOCSTRING_CHARACTERS = 40
 ENOUGH_BYTES = 500_000
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)
+
+Kind = Literal["module", "class", "function"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DOCUMENTED: Mapping[type[ast.AST], Kind] = {
+    ast.Module: "module",
+    ast.ClassDef: "class",
+    ast.FunctionDef: "function",
+    ast.AsyncFunctionDef: "function",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +75,11 @@ class PydocsSource(TextSource):
 
     def files(self, cache: Path) -> Sequence[Path]:
         """Returns the standard library's modules (the topics are one of them)."""
-        return standard_modules(_standard_library())
+        return standard_modules(standard_library())
 
     def load(self, cache: Path) -> Corpus:
         """Collects the documents and divides them; takes a few seconds."""
-        documents = [*_topics(), *_standard_library_documents(_standard_library())]
+        documents = [*_topics(), *_standard_library_documents(standard_library())]
         shares: dict[SplitName, float] = {
             "valid": self.config.valid_fraction,
             "test": self.config.test_fraction,
@@ -126,10 +135,15 @@ def standard_modules(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def docstrings(source: bytes) -> Iterator[str]:
+def standard_library() -> Path:
+    """Returns the folder of this Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def docstrings(source: bytes) -> Iterator[tuple[Kind, str]]:
     """Yields the cleaned docstrings of more than 40 characters in a module's source, from top to bottom.
 
-    Source that this Python cannot parse has none.
+    Each comes with what it documents. Source that this Python cannot parse has none.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules are no concern of ours
@@ -143,14 +157,10 @@ def docstrings(source: bytes) -> Iterator[str]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=True)
             if text is not None and len(text) > MIN_DOCSTRING_CHARACTERS:
-                yield text
+                yield DOCUMENTED[type(node)], text
         # Expressions hold no definitions; passing them by makes this twice as fast as ast.walk.
         inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, STATEMENTS)]
         waiting.extend(reversed(inner))
-
-
-def _standard_library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
 
 
 def _document(text: str) -> bytes:
@@ -168,7 +178,7 @@ def _topics() -> list[bytes]:
 
 def _standard_library_documents(root: Path) -> list[bytes]:
     modules = [path.read_bytes() for path in standard_modules(root)]
-    documents = [_document(text) for module in modules for text in docstrings(module)]
+    documents = [_document(text) for module in modules for _, text in docstrings(module)]
     if sum(map(len, documents)) >= ENOUGH_BYTES:
         return documents
     if sum(map(len, modules)) >= ENOUGH_BYTES:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from smoe_train.data.pieces import well_formed
 from smoe_train.data.source import Offsets
 from smoe_train.data.tokenizer import TokenArray, Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
 
@@ -65,7 +66,10 @@ class BytesTokenizer(Tokenizer):
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the UTF-8 bytes; bytes that the command line could not decode come back as they were."""
-        return [list(text.encode("utf-8", "surrogateescape")) for text in texts]
+        try:
+            return [list(text.encode("utf-8", "surrogateescape")) for text in texts]
+        except UnicodeEncodeError:  # other lone surrogates, as JSON can spell them, stand for no bytes
+            return [list(well_formed(text).encode()) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the bytes read as UTF-8."""

@@ -1,3 +1,6 @@
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -48,6 +51,19 @@ def test_numbers_keep_their_fractions_and_nan_says_that_there_is_none():
     labels = samples.read(np.array([1, 0, 2, -1]), 8).labels
     assert labels.dtype == np.float32
     assert np.array_equal(labels, np.array([4.6, 0.25, np.nan, np.nan], dtype=np.float32), equal_nan=True)
+
+
+def test_pickled_examples_reopen_their_maps_instead_of_copying_them(tmp_path):
+    split = split_of([[1, 2, 3], *[[4]] * 2000], [0.0] * 2001)
+    maps = {}
+    for name in ("texts", "offsets", "labels", "index"):
+        array = getattr(split, name)
+        array.tofile(tmp_path / name)
+        maps[name] = np.memmap(tmp_path / name, dtype=array.dtype, mode="r")
+    samples = PaddedExamples(replace(split, **maps), 8, "classification", rows=np.array([1, 0]))
+    data = pickle.dumps(samples)
+    assert len(data) < 2000
+    assert pickle.loads(data).read(np.array([1]), 8).input_ids_BS[0, :4].tolist() == [1, 2, 3, SEPARATOR]
 
 
 def test_chosen_rows_are_numbered_in_their_own_order():

@@ -87,8 +87,9 @@ def test_separators_are_ids_and_no_tokenizer_stumbles_over_nothing(tokenizer):
     assert ids_of(tokenizer, []) == ([], 0)
 
 
-def test_arguments_that_cannot_be_decoded_are_no_reason_to_fail(tokenizer):
+def test_arguments_and_json_that_hold_no_characters_are_no_reason_to_fail(tokenizer):
     assert tokenizer.encode_texts([b"\xff".decode("utf-8", "surrogateescape")])[0]
+    assert tokenizer.encode_texts(["\ud83d"])[0], "half an emoji, as JSON may spell it"
 
 
 def test_half_a_character_is_shown_as_a_replacement(all_tokenizers):

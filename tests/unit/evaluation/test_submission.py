@@ -106,9 +106,6 @@ def test_the_whole_archive(tmp_path):
         for file in FILES:
             lines = archive.read(file.name).decode().splitlines()
             assert lines == ["index\tprediction", *(f"{index}\t{text}" for index, text in answers(file))]
-    first = output.read_bytes()
-    write_submission(runs, output)
-    assert output.read_bytes() == first, "equal predictions make an equal archive"
 
 
 def test_what_is_missing_is_filled_only_if_that_was_said(tmp_path, small):
@@ -121,6 +118,9 @@ def test_what_is_missing_is_filled_only_if_that_was_said(tmp_path, small):
         write_submission(given, output)
     assert not output.exists()
     sources = write_submission(given, output, fill_missing=True)
+    first = output.read_bytes()
+    write_submission(given, output, fill_missing=True)
+    assert output.read_bytes() == first, "equal predictions make an equal archive"
     filled = sorted(file.name for file, source in sources.items() if source is None)
     assert filled == sorted(ROWS.keys() - {"RTE.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"})
     with zipfile.ZipFile(output) as archive:

@@ -17,7 +17,7 @@ LONG = "A sentence that is longer than forty characters, number {}."
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A made-up standard library of two modules and a package."""
-    monkeypatch.setattr(pydocs, "_standard_library", lambda: tmp_path)
+    monkeypatch.setattr(pydocs, "standard_library", lambda: tmp_path)
     monkeypatch.setattr(pydocs, "ENOUGH_BYTES", 100)
     (tmp_path / "json" / "tests").mkdir(parents=True)
     (tmp_path / "site-packages").mkdir()
@@ -59,13 +59,17 @@ class A:
                 "{LONG.format(3)}"
 "not a docstring, though it is more than forty characters long"
 '''
-    indented = LONG.format(1) + "\n\nindented"
-    assert list(docstrings(source.encode())) == [LONG.format(0), indented, LONG.format(2), LONG.format(3)]
+    assert list(docstrings(source.encode())) == [
+        ("module", LONG.format(0)),
+        ("class", LONG.format(1) + "\n\nindented"),
+        ("function", LONG.format(2)),
+        ("function", LONG.format(3)),
+    ]
 
 
 def test_source_in_other_encodings_or_other_grammars_is_survived():
     latin = f'# -*- coding: latin-1 -*-\n"""{LONG.format("é")}"""\n'
-    assert list(docstrings(latin.encode("latin-1"))) == [LONG.format("é")]
+    assert list(docstrings(latin.encode("latin-1"))) == [("module", LONG.format("é"))]
     assert list(docstrings(b"print 'Python 2'")) == []
     assert list(docstrings(b"\x00")) == []
 
