@@ -11,10 +11,9 @@ from typing import NoReturn
 
 from smoe_train.cli.launch import LaunchPlan, already_launched, build_command, plan_launch, run_workers
 from smoe_train.cli.launch import worker_environment as environment_of_workers
-from smoe_train.cli.run_folder import LOGS, held
 from smoe_train.errors import SmoeError
-from smoe_train.recipe import load_recipe
 
+# What imports torch is imported in functions: it reads the environment of a process when it is loaded.
 WORKER = "smoe_train.cli.worker"
 
 
@@ -47,6 +46,8 @@ class TrainOptions:
 
 def print_config(options: TrainOptions) -> None:
     """Prints the resolved recipe."""
+    from smoe_train.recipe import load_recipe
+
     print(load_recipe(options.recipe, options.overrides, options.plan().nproc).to_yaml(), end="")
 
 
@@ -54,6 +55,7 @@ def print_plan(options: TrainOptions) -> None:
     """Prints what would be run, after every check that needs no process."""
     from smoe_train.cli.start import decide
     from smoe_train.cli.validate import show
+    from smoe_train.recipe import load_recipe
 
     plan = options.plan()
     recipe = load_recipe(options.recipe, options.overrides, plan.nproc)
@@ -83,7 +85,9 @@ def train(options: TrainOptions) -> int:
     plan = options.plan()
     if plan.launcher == "in_process":
         os.environ.update(environment_of_workers(1, os.environ))  # before torch is imported
+    from smoe_train.cli.run_folder import LOGS, held
     from smoe_train.cli.start import begin, decide
+    from smoe_train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides, plan.nproc)
     run_folder = options.output_dir / recipe.name
@@ -105,6 +109,7 @@ def _arguments(run_folder: Path, resume: str) -> list[str]:
 
 
 def _train_here(run_folder: Path, resume: str) -> int:
+    from smoe_train.cli.run_folder import LOGS
     from smoe_train.cli.worker import log_to, train_worker
     from smoe_train.training.stop import StopRequest
 
@@ -118,8 +123,10 @@ def _train_here(run_folder: Path, resume: str) -> int:
 def _train_as_worker(options: TrainOptions) -> NoReturn:
     """Acts as one worker of a job that somebody else has launched (torchrun, srun), and ends the process."""
     from smoe_train.assembly import start_process
+    from smoe_train.cli.run_folder import LOGS, held
     from smoe_train.cli.start import begin, decide
     from smoe_train.cli.worker import leave, log_to, run_worker, train_worker
+    from smoe_train.recipe import load_recipe
     from smoe_train.training.stop import StopRequest
 
     stop = StopRequest()

@@ -76,7 +76,7 @@ def write_report(run_folder: Path) -> Path:
     return folder / "report.html"
 
 
-NO_METRICS = frozenset({"step", "split", "top_k", "loss", "examples", "tokens", "score"})
+NO_METRICS = frozenset({"step", "split", "top_k", "loss", "evaluated_examples", "tokens", "score"})
 
 
 def headline(metrics: Records) -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from smoe_train.data.examples import TaskInfo
 from smoe_train.data.loader import EvaluationBatches, ExampleBatches, MicroBatch
 from smoe_train.evaluation import (
-    ClassifierScore,
     StatSums,
     TextFigures,
     evaluate_classifier,
@@ -133,18 +132,11 @@ class Classification:
         scores = evaluate_classifier(
             self.model, self.batches, knobs, self.task, self.labels, self.device, self.sum_over_ranks
         )
-        return [_validation(one) for one in scores]
+        return [Validation(one.top_k, one.loss, one.cost, one.to_json(), one.routing) for one in scores]
 
     def figures(self, loss: float) -> dict[str, float]:
         """Returns nothing: a micro-batch is too small for the task's metrics."""
         return {}
-
-
-def _validation(score: ClassifierScore) -> Validation:
-    assert score.loss is not None, "examples without labels choose no checkpoint"
-    assert score.score is not None
-    record = {"top_k": score.top_k, "loss": score.loss, "examples": score.examples, "score": score.score}
-    return Validation(score.top_k, score.loss, -score.score, {**record, **score.metrics}, score.routing)
 
 
 __all__ = ["Classification", "LanguageModelling", "Task", "Validation"]

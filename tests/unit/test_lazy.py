@@ -41,3 +41,9 @@ def test_reading_a_recipe_does_not_load_transformers_or_deepspeed():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_torch_is_not_loaded_before_the_environment_of_a_run_is_set():
+    program = "import sys, smoe_train.cli.app, smoe_train.cli.train; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
