@@ -210,17 +210,8 @@ def _baselines(axis: Axes, levels: Mapping[str, float]) -> None:
 
 def _task(figure: Figure, metrics: Records) -> bool:
     scored = [record for record in metrics if record["split"] != "train"]
-    plain = {
-        "step",
-        "loss",
-        "bits_per_byte",
-        "perplexity",
-        "word_perplexity",
-        "tokens",
-        "evaluated_tokens",
-        "evaluated_examples",
-    }
-    plain |= {"step_seconds", "learning_rate", "top_k"}
+    plain = {"step", "tokens", "step_seconds", "learning_rate", "top_k", "evaluated_tokens", "evaluated_examples"}
+    plain |= {"loss", "bits_per_byte", "perplexity", "word_perplexity"}
     names = sorted(
         {
             key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_classification(router, tmp_path):
 def test_documents(packing, tmp_path):
     words = write_text(tmp_path / "words").read_text(encoding="utf-8").split()
     starts = [0, 3, 4, 40, 52, 61, *range(90, 5000, 17)]
-    documents = [" ".join(words[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    documents = [" ".join(words[a:b]) for a, b in pairwise(starts)]
     file = tmp_path / "documents.jsonl"
     file.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents), encoding="utf-8")
     found = {

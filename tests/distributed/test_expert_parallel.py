@@ -166,7 +166,8 @@ def unequal_evaluation(recipe: Recipe) -> list[dict[str, float | int]]:
     model.model.ranks = RankReduction(process.sum, process.world_size)
     # 5 blocks and a rest: the ranks have different numbers of real rows, and some batches are padding alone.
     batches = EvaluationBatches(tokens.tokens("valid"), 16, 1, process.rank, process.world_size, max_tokens=85)
-    scores = evaluate_language_model(model, batches, [Knobs(0, k) for k in (1, 2, 8)], TextFigures(1.0), process.device, process.sum)
+    knobs = [Knobs(0, k) for k in (1, 2, 8)]
+    scores = evaluate_language_model(model, batches, knobs, TextFigures(1.0), process.device, process.sum)
     return [score.to_json() for score in scores]
 
 

@@ -52,7 +52,7 @@ def test_padding_on_either_side_changes_nothing(pooling, causal, positions):
 
 def test_router_losses_are_those_of_the_real_tokens():
     model = classifier(moe_layers=[0, 1], router={"type": "top_k", "init_std": 1.0}).double().train()
-    texts, ids, mask = rows()
+    _, ids, mask = rows()
     padded = model(ids, mask).router_losses
     wider = model(*rows(width=31)[1:]).router_losses
     given = model(ids, mask, tokens_per_micro_batch=float(sum(LENGTHS))).router_losses
