@@ -349,7 +349,7 @@ def show(result: dict[str, Any]) -> None:
         if "packing" in row:
             times = (f"{row['open_ms']:.1f}", f"{row['prepare_s']:.2f}", f"{row['first_batch_s']:.2f}")
             memory = (f"{row['memory_mb']:.0f}", f"{row['growth_mb']:.1f}")
-            epochs.add_row(row["packing"], f"{row['samples']:,}", *times, speed, *memory)
+            epochs.add_row(row["packing"], f"{row['samples'] / 1e6:.2f} M", *times, speed, *memory)
         else:
             speeds.add_row(row["samples"], speed, f"{row['ratio']:,.0f}")
     console.print(epochs)

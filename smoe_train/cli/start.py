@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smoe_train.checkpoint import Checkpoint
+from smoe_train.cli.progress_bars import shown
 from smoe_train.cli.run_folder import create, store_of
 from smoe_train.data import ExampleStore, Tokenizer, save_tokenizer
 from smoe_train.errors import CheckpointError, DataError, LaunchError, RecipeError
@@ -159,7 +160,8 @@ def _prepare(recipe: Recipe, tokenizer: Tokenizer | None) -> AnyStore:
     """Reads and tokenizes the data once, here, where a mistake ends in one message."""
     from smoe_train.assembly import prepare_data
 
-    store = prepare_data(recipe, tokenizer)
+    with shown():
+        store = prepare_data(recipe, tokenizer)
     _say(f"data {recipe.data.source}: {_outline(store)}")
     return store
 

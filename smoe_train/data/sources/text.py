@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from smoe_train.data.source import (
 from smoe_train.errors import DataError
 
 DEFAULT_FRACTION = 0.05
+LONGEST_LINE = 1 << 16
 
 
 class TextConfig(SourceConfig):
@@ -35,7 +37,8 @@ class TextConfig(SourceConfig):
     test_path: Path | None = None
     """Text (file or folder) of the test split; needs ``valid_path``."""
     valid_fraction: float | None = Field(None, gt=0.0, lt=1.0)
-    """Share of the bytes of ``path`` that validate: the piece before the test split (0.05 unless ``valid_path``)."""
+    """Share of the bytes of ``path`` that validate: the piece before the test split (0.05 unless ``valid_path``). Each
+    piece begins with a line, or with a word where lines are longer than 64 KiB."""
     test_fraction: float | None = Field(None, ge=0.0, lt=1.0)
     """Share of the bytes of ``path`` that test: the last piece (0.05 unless ``valid_path``); 0 for no test split."""
 
@@ -75,14 +78,14 @@ class TextFilesSource(TextSource):
         test_share = DEFAULT_FRACTION if config.test_fraction is None else config.test_fraction
         valid_share = DEFAULT_FRACTION if config.valid_fraction is None else config.valid_fraction
         size = sizes["train"]
-        test_start = size - int(size * test_share)
-        valid_start = test_start - int(size * valid_share)
+        train = texts["train"]
+        test_start = _next_line(train, size - int(size * test_share), size)
+        valid_start = _next_line(train, test_start - int(size * valid_share), test_start)
         if valid_start == test_start or (test_share and test_start == size):
             raise DataError(
                 f"{config.path}: {size:,} bytes are too few to cut off valid_fraction={valid_share} and "
                 f"test_fraction={test_share}; set larger fractions, data.valid_path, or a longer text"
             )
-        train = texts["train"]
         cut: dict[SplitName, Split] = {
             "train": byte_range(train, 0, valid_start, documents),
             "valid": byte_range(train, valid_start, test_start, documents),
@@ -104,6 +107,17 @@ class TextFilesSource(TextSource):
                 if (other := seen.setdefault(file.resolve(), name)) != name:
                     raise DataError(f"{file}: belongs to both the {other} and the {name} split; name it once")
         return paths  # type: ignore[return-value]
+
+
+def _next_line(files: Sequence[StoredFile], start: int, stop: int) -> int:
+    """Returns where a line begins at ``start`` or soon after; else a word; else a character."""
+    if not 0 < start < stop:
+        return start
+    window = b"".join(byte_range(files, start - 1, min(start + LONGEST_LINE, stop)).read())
+    for border in (rb"\n", rb"\s", rb"[\x00-\xff](?![\x80-\xbf])"):
+        if (found := re.search(border, window[:-1])) is not None:
+            return start - 1 + found.end()
+    return start
 
 
 def _text_files(path: Path, key: str) -> list[Path]:

@@ -15,18 +15,31 @@ def write(path, data):
     return path
 
 
-def test_a_file_is_cut_by_bytes_and_taken_as_it_is(tmp_path):
+def test_a_file_is_cut_where_lines_begin_and_taken_as_it_is(tmp_path):
     data = b"\x00\xff\r\n" * 25
     path = write(tmp_path / "data.bin", data)
     assert contents(TextConfig(path=path), tmp_path) == {
-        "train": data[:90],
-        "valid": data[90:95],
-        "test": data[95:],
+        "train": data[:92],
+        "valid": data[92:96],
+        "test": data[96:],
     }
     assert contents(TextConfig(path=path, valid_fraction=0.3, test_fraction=0.0), tmp_path) == {
-        "train": data[:70],
-        "valid": data[70:],
+        "train": data[:72],
+        "valid": data[72:],
     }
+    assert contents(TextConfig(path=path, valid_fraction=0.28, test_fraction=0.0), tmp_path)["train"] == data[:72]
+
+
+@pytest.mark.parametrize(
+    ("text", "train"),
+    [("word " * 21, "word " * 15), ("ä" * 51, "ä" * 36), ("x" * 100, "x" * 70)],
+    ids=["words", "characters", "bytes"],
+)
+def test_a_text_without_lines_is_cut_where_words_or_characters_begin(text, train, tmp_path):
+    path = write(tmp_path / "text", text.encode())
+    parts = contents(TextConfig(path=path, valid_fraction=0.3, test_fraction=0.0), tmp_path)
+    assert parts["train"].decode() == train
+    assert b"".join(parts.values()).decode() == text
 
 
 def test_a_folder_is_joined_by_name(tmp_path):
