@@ -164,6 +164,12 @@ def text_batches(
         DataError: There is no such split, or nothing in it to predict.
     """
     assert isinstance(recipe.task, LanguageModellingConfig)
+    ends = None if recipe.task.packing == "blocks" else store.document_ends(split)
+    if ends is None and recipe.task.packing != "blocks":
+        raise DataError(
+            f"the {split} split is one text without known documents, as task.packing {recipe.task.packing} needs; set "
+            "it to blocks, or use a source with documents"
+        )
     return EvaluationBatches(
         store.tokens(split),
         recipe.training.sequence_length,
@@ -171,7 +177,7 @@ def text_batches(
         rank,
         world_size,
         max_tokens,
-        None if recipe.task.packing == "blocks" else store.document_ends(split),
+        ends,
     )
 
 
@@ -183,9 +189,10 @@ def text_figures(store: TokenStore, split: SplitName) -> TextFigures:
 
 def identity(recipe: Recipe, store: AnyStore) -> dict[str, Any]:
     """Returns by key everything that a checkpoint must agree on to be resumed."""
-    sums = store.checksums()
+    sums, packs = store.checksums(), getattr(recipe.task, "packing", "blocks") != "blocks"
     return {
         **recipe.identity(),
+        **({"data (digest of its texts and documents)": sums["corpus"]} if packs else {}),
         "data (sha256 of its training tokens)": sums["train"],
         "tokenizer (fingerprint)": sums["tokenizer"],
     }

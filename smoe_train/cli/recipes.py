@@ -45,10 +45,10 @@ def copy_recipe(name: str, target: Path) -> None:
     text = source.read_text(encoding="utf-8")
     # The path to the schema is relative to the shipped file.
     text = "".join(line for line in text.splitlines(keepends=True) if "yaml-language-server" not in line)
-    parent = (yaml.safe_load(text) or {}).get("extends")
-    if parent is not None and (source.parent / str(parent)).is_file():
-        shipped = (source.parent / str(parent)).resolve().relative_to(recipe_folder())
-        text = text.replace(f"extends: {parent}", f"extends: {shipped.with_suffix('').as_posix()}")
+    for node in reversed(_parents(yaml.compose(text))):
+        beside = (source.parent / node.value).resolve()
+        if beside.is_file():  # else it is a short name, found from anywhere
+            text = text[: node.start_mark.index] + _from_anywhere(beside) + text[node.end_mark.index :]
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -57,6 +57,22 @@ def copy_recipe(name: str, target: Path) -> None:
     except OSError as error:
         raise LaunchError(f"{target}: cannot be written: {error.strerror}") from error
     print(f"wrote {target}; train it with: smoe-train train {target}")
+
+
+def _parents(root: yaml.Node | None) -> list[yaml.ScalarNode]:
+    if not isinstance(root, yaml.MappingNode):
+        return []
+    found = [value for key, value in root.value if key.value == "extends"]
+    nodes = [one for value in found for one in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
+    return [node for node in nodes if isinstance(node, yaml.ScalarNode)]
+
+
+def _from_anywhere(path: Path) -> str:
+    """Returns what names a recipe from any folder, in YAML: its short name if it is shipped, else its whole path."""
+    shipped = recipe_folder().resolve()
+    if path.is_relative_to(shipped):
+        return path.relative_to(shipped).with_suffix("").as_posix()
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def print_schema() -> None:

@@ -84,17 +84,23 @@ def recipe_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Returns the shipped recipes by short name; names that begin with an underscore are only to be extended."""
+def shipped_recipes(to_extend: bool = False) -> dict[str, Path]:
+    """Returns the shipped recipes by short name.
+
+    Args:
+        to_extend: Whether to name those that are only to be extended too, whose file names begin with an underscore.
+    """
     folder = recipe_folder()
-    paths = sorted(folder.rglob("*.yaml"))
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path for path in paths if not path.name.startswith("_")
-    }
+    paths = (path for path in sorted(folder.rglob("*.yaml")) if to_extend or not path.name.startswith("_"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
-def find_recipe(name_or_path: str) -> Path:
+def find_recipe(name_or_path: str, to_extend: bool = False) -> Path:
     """Returns the file of a recipe, given as a path or as a shipped recipe's short name.
+
+    Args:
+        name_or_path: What the user wrote.
+        to_extend: Whether it may be one that is only to be extended.
 
     Raises:
         RecipeError: There is no such file and no such name.
@@ -105,7 +111,7 @@ def find_recipe(name_or_path: str) -> Path:
         if exists:
             return path
         raise RecipeError([Problem(name_or_path, "", "there is no such file")])
-    recipes = shipped_recipes()
+    recipes = shipped_recipes(to_extend)
     if name_or_path not in recipes:
         hint = suggest(name_or_path, sorted(recipes))
         raise RecipeError([Problem(name_or_path, "", f"no file and no shipped recipe of this name{hint}")])
@@ -119,7 +125,7 @@ def _resolve_parent(name: str, folder: Path) -> Path:
             raise RecipeError([Problem(name, "", f"there is no such file in {folder}")])
         return beside.resolve()
     shipped = recipe_folder() / f"{name}.yaml"
-    return shipped if _is_file(shipped) else find_recipe(name)
+    return shipped if _is_file(shipped) else find_recipe(name, to_extend=True)
 
 
 def _is_file(path: Path) -> bool:

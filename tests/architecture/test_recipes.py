@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import smoe_train
-from smoe_train.recipe import load_recipe, recipe_folder
+from smoe_train.recipe import load_recipe, recipe_folder, shipped_recipes
 from smoe_train.routing import ROUTERS
 
 ROOT = Path(smoe_train.__file__).parent.parent
@@ -39,15 +40,25 @@ def test_every_router_has_a_page_that_names_all_options(router):
     assert sorted(option for option in options if f"`{option}" not in text) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(recipe_folder()).as_posix())
-def test_every_recipe_loads_for_its_processes(path):
-    name = ["name=base"] if path.name.startswith("_") else []  # only to be extended
-    recipe = load_recipe(str(path), name)
-    load_recipe(str(path), name, recipe.parallel.expert_parallel_size)
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_loads_for_its_processes(name):
+    recipe = load_recipe(name)
+    load_recipe(name, [], recipe.parallel.expert_parallel_size)
+
+
+def test_what_is_only_to_be_extended_is_extended_by_a_recipe_or_is_a_policy():
+    """So that a test loads each of those files: the policies, over every task, those of test_tasks.py."""
+    extended = set()
+    for path in FILES:
+        parents = yaml.safe_load(path.read_text(encoding="utf-8")).get("extends", [])
+        names = [parents] if isinstance(parents, str) else parents
+        extended |= {(path.parent / name).resolve() for name in names}
+    policies = {(recipe_folder() / "routers" / f"_{name}.yaml").resolve() for name in ROUTERS.names()}
+    assert {path.resolve() for path in FILES if path.name.startswith("_")} == extended | policies
 
 
 def test_runs_of_different_recipes_do_not_share_a_folder():
-    names = [load_recipe(str(path)).name for path in FILES if not path.name.startswith("_")]
+    names = [load_recipe(name).name for name in shipped_recipes()]
     assert sorted(names) == sorted(set(names))
 
 

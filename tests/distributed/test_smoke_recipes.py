@@ -1,4 +1,4 @@
-"""The smoke recipe of every routing policy, as shipped, on two expert-parallel processes: it learns, and it resumes."""
+"""Every smoke recipe, as shipped, on two expert-parallel processes: it learns, and it resumes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from support.ranks import run_ranks
 
 from smoe_train import assembly
 from smoe_train.checkpoint import Checkpoint
-from smoe_train.recipe import Recipe, load_recipe
+from smoe_train.recipe import Recipe, load_recipe, shipped_recipes
 from smoe_train.reporting import METRICS, ROUTING, read_records
-from smoe_train.routing import ROUTERS
 
+SMOKE = [name for name in shipped_recipes() if name.startswith("smoke/")]
 STEPS, MIDDLE = 50, 25
+# How far the loss falls: of 5.5 nats a byte, or of ln 3 for a choice of three.
+LEARNT = {"smoke/classification": 0.2}
 
 
 def train(recipe: Recipe, folder: Path) -> None:
@@ -38,23 +40,23 @@ def records(folder: Path, name: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in found]
 
 
-@pytest.mark.parametrize("router", ROUTERS.names())
-def test_the_smoke_recipe_learns_and_resumes_bit_identically(router: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SMOKE)
+def test_the_smoke_recipe_learns_and_resumes_bit_identically(name: str, tmp_path: Path) -> None:
     """50 steps; then from the checkpoint of step 25 alone, with whatever the policy keeps: all figures, all tensors."""
-    recipe = load_recipe(f"smoke/{router}", ["parallel.expert_parallel_size=2", "checkpoint.keep_last=9"], 2)
+    recipe = load_recipe(name, ["parallel.expert_parallel_size=2", "checkpoint.keep_last=9"], 2)
     assert recipe.training.max_steps == STEPS
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     straight.mkdir()
     run_ranks(2, train, recipe, straight)
     losses = [record["loss"] for record in read_records(straight / METRICS) if record["split"] == "train"]
-    assert statistics.fmean(losses[-10:]) < statistics.fmean(losses[:10]) - 0.5, losses
+    assert statistics.fmean(losses[-10:]) < statistics.fmean(losses[:10]) - LEARNT.get(name, 0.5), losses
     middle = f"checkpoints/step-{MIDDLE:08d}"
     shutil.copytree(straight / middle, resumed / middle)
     run_ranks(2, train, recipe, resumed)
-    for name in (METRICS, ROUTING):
-        assert records(resumed, name) == records(straight, name)
-        assert records(resumed, name)
+    for file in (METRICS, ROUTING):
+        assert records(resumed, file) == records(straight, file)
+        assert records(resumed, file)
     one, other = (Checkpoint.open(folder / f"checkpoints/step-{STEPS:08d}") for folder in (straight, resumed))
     assert sorted(one.tensors) == sorted(other.tensors)
-    for name in one.tensors:
-        torch.testing.assert_close(other.tensor(name), one.tensor(name), rtol=0, atol=0, equal_nan=True, msg=name)
+    for key in one.tensors:
+        torch.testing.assert_close(other.tensor(key), one.tensor(key), rtol=0, atol=0, equal_nan=True, msg=key)

@@ -248,9 +248,60 @@ def test_a_chain_without_end_is_refused(tmp_path):
         read_layers(tmp_path / "0.yaml", beside)
 
 
-def test_extends_takes_one_name(tmp_path):
-    problem = refusal(tmp_path, "version: 1\nextends: [a, b]\n")
+@pytest.mark.parametrize(
+    ("extends", "expected"),
+    [
+        ("[a.yaml, b.yaml]", {"count": 1, "rate": 0.2, "shape": {"type": "square", "side": 2}}),
+        ("[b.yaml, a.yaml]", {"count": 1, "rate": 0.1, "shape": {"type": "round", "radius": 1}}),
+        ("[c.yaml, b.yaml]", {"count": 3, "rate": 0.2, "shape": {"type": "square", "side": 2}}),
+        ("[b.yaml, c.yaml]", {"count": 3, "rate": 0.1, "shape": {"type": "round", "radius": 1}}),
+        ("[a.yaml, a.yaml]", {"count": 1, "rate": 0.1, "shape": {"type": "round", "radius": 1}}),
+        ("[b.yaml]", {"rate": 0.2, "shape": {"type": "square", "side": 2}}),
+        ("[]", {}),
+    ],
+)
+def test_of_a_list_the_later_override_the_earlier_and_the_file_all(tmp_path, extends, expected):
+    """c extends a: all that it inherits counts as its own, so it overrides whatever stands before it."""
+    (tmp_path / "a.yaml").write_text("inner: {count: 1, rate: 0.1, shape: {type: round, radius: 1}}\n")
+    (tmp_path / "b.yaml").write_text("inner: {rate: 0.2, shape: {type: square, side: 2}}\n")
+    (tmp_path / "c.yaml").write_text("extends: a.yaml\ninner: {count: 3}\n")
+    layered = read(tmp_path, f"extends: {extends}\nname: top\n")
+    assert layered.values == ({"name": "top", "inner": expected} if expected else {"name": "top"})
+    below = read(tmp_path, f"extends: {extends}\ninner: {{rate: 0.9}}\n")
+    assert below.values == {"inner": {**expected, "rate": 0.9}}
+
+
+def test_values_from_a_list_say_where_they_are_from(tmp_path):
+    (tmp_path / "a.yaml").write_text("version: 1\ninner: {count: 1, rate: 0.1}\n")
+    (tmp_path / "b.yaml").write_text("\n\ninner: {rate: 0.2}\n")
+    layered = read(tmp_path, "extends:\n- a.yaml\n- b.yaml\n")
+    assert layered.where("inner.count") == f"{tmp_path / 'a.yaml'}:2"
+    assert layered.where("inner.rate") == f"{tmp_path / 'b.yaml'}:3"
+
+
+def test_what_belongs_to_a_file_alone_is_not_inherited_from_a_list(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: a\nflag: true\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nname: b\n")
+    (tmp_path / "r.yaml").write_text("extends: [a.yaml, b.yaml]\n")
+    layered = read_layers(tmp_path / "r.yaml", beside, frozenset({"name"}))
+    assert layered.values == {"flag": True}
+    assert layered.origins["extends"] == f"{tmp_path / 'r.yaml'}:1"
+    assert "name" not in layered.origins
+
+
+def test_a_cycle_in_a_list_is_shown(tmp_path):
+    (tmp_path / "sound.yaml").write_text("version: 1\n")
+    (tmp_path / "a.yaml").write_text("extends: [sound.yaml, b.yaml]\n")
+    (tmp_path / "b.yaml").write_text("extends: [sound.yaml, sound.yaml, a.yaml]\n")
+    with pytest.raises(RecipeError, match=r": .*/a\.yaml -> .*/b\.yaml -> .*/a\.yaml$"):
+        read_layers(tmp_path / "a.yaml", beside)
+
+
+@pytest.mark.parametrize("extends", ["3", "true", "{a: b}", "[3]", "[a, [b]]", "[a, null]", "[{a: b}]", "[1.5]"])
+def test_extends_takes_names(tmp_path, extends):
+    problem = refusal(tmp_path, f"version: 1\nextends: {extends}\n")
     assert (problem.where, problem.key) == (f"{tmp_path / 'r.yaml'}:2", "extends")
+    assert problem.message == "expected the name or path of one recipe, or a list of them"
 
 
 @pytest.mark.parametrize(

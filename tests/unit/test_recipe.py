@@ -128,6 +128,26 @@ def test_extends_finds_neighbours_and_shipped_recipes(tmp_path):
     assert load_recipe(str(tmp_path / "one.yaml")).name == "one", "another run than the one it extends"
 
 
+def test_extends_takes_a_list_of_neighbours_and_shipped_recipes(tmp_path):
+    write(tmp_path, "version: 1\nname: neighbour\nseed: 5\nmodel: {moe: {router: {type: top_k}}}\n", "n.yaml")
+    path = write(tmp_path, "extends: [glue/rte, routers/_x_moe, n.yaml, routers/_sim_smoe]\n")
+    loaded = load_recipe(path)
+    assert (loaded.name, loaded.description, loaded.seed) == ("r", "", 5)
+    assert (loaded.data.task, loaded.model.moe.router.type) == ("rte", "sim_smoe")
+    assert loaded.training == load_recipe("glue/rte").training
+
+
+def test_a_missing_one_of_a_list_is_reported_where_it_is_named(tmp_path):
+    path = write(tmp_path, "version: 1\nextends:\n- glue/rte\n- routers/sim_smoe\n", "mine.yaml")
+    over = write(tmp_path, "extends: [demo, mine.yaml]\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(over)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.key) == (f"{path}:2", "extends")
+    assert "'routers/sim_smoe': no file and no shipped recipe of this name" in problem.message
+    assert "did you mean 'routers/_sim_smoe'?" in problem.message, "among those that are only to be extended"
+
+
 def test_a_mistake_on_the_command_line_is_sought_there():
     for override in ("model.moe.router.type=topk", "model.moe.top_k=1", "data.source=text", "training.max_steps=4"):
         with pytest.raises(RecipeError) as caught:

@@ -43,7 +43,7 @@ def write(path, **sections):
 @pytest.fixture
 def plain(tmp_path, cache):
     """1,000 bytes of one text: 900 train, 50 validate, 50 test."""
-    (tmp_path / "plain.txt").write_bytes(b"0123456789abcdef\n" * 58 + b"0123456789abc\n")
+    (tmp_path / "plain.txt").write_bytes(b"0123456789abcdef\n" * 50 + (b"x" * 49 + b"\n") * 3)
     return write(tmp_path / "plain.yaml", data={"source": "text", "path": str(tmp_path / "plain.txt")})
 
 

@@ -40,6 +40,19 @@ def test_a_copy_is_the_same_recipe_anywhere(name, tmp_path):
     assert load_recipe(str(target)) == load_recipe(name)
 
 
+def test_a_copy_of_a_recipe_of_ones_own_finds_what_it_extends(tmp_path):
+    (tmp_path / "mine").mkdir()
+    base, mine = tmp_path / "mine" / "base: 1.yaml", tmp_path / "mine" / "r.yaml"
+    base.write_text("version: 1\nseed: 5\n")
+    for extends in ("'base: 1.yaml'", "[glue/rte, 'base: 1.yaml', routers/_random]", "\n  - demo\n  - 'base: 1.yaml'"):
+        mine.write_text(f"# yaml-language-server: $schema=x.json\nextends: {extends}\nname: mine # and more\n")
+        target = tmp_path / "copy.yaml"
+        target.unlink(missing_ok=True)
+        call("recipes", "copy", mine, target)
+        assert load_recipe(str(target)) == load_recipe(str(mine)), extends
+        assert "name: mine # and more" in target.read_text()
+
+
 def test_a_copy_replaces_nothing(tmp_path):
     (tmp_path / "r.yaml").write_text("mine")
     with pytest.raises(LaunchError, match=r"r\.yaml: exists; give another file name"):
