@@ -21,10 +21,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint types format bench bench-adaptive bench-loader compare docs docker clean
+.PHONY: help demo test test-slow lint types format bench bench-adaptive bench-loader compare compare-curriculum docs docker clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/package.stamp ## train a small model with 2 expert-parallel processes (a few minutes on a CPU)
 	$(BIN)/smoe-train demo $(DEMO_ARGS)
@@ -57,6 +57,9 @@ bench-loader: .venv/package.stamp ## time the loader beside training steps; an e
 
 compare: .venv/dev.stamp ## train every routing policy on a piece of enwik8 and write the table (about an hour)
 	$(BIN)/python scripts/compare_policies.py $(COMPARE_ARGS)
+
+compare-curriculum: .venv/package.stamp ## train adaptive gating on SST-2 in plain and in easy-first order (about an hour)
+	$(BIN)/python scripts/compare_curriculum.py $(COMPARE_ARGS)
 
 docs: .venv/docs.stamp ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -31,7 +31,7 @@ from bench_moe import CLOCKS, prepare_environment, show_goals, write_result
 
 if TYPE_CHECKING:
     from smoe_train.data import TokenStore
-    from smoe_train.data.loader import Samples, TrainBatches
+    from smoe_train.data.batches.loader import Samples, TrainBatches
 
 MIN_RATIO = 50.0
 MIN_FLATNESS = 0.98  # memory early in the epoch over the most later on
@@ -115,9 +115,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def large_store(options: argparse.Namespace) -> Iterator[Path]:
     """Yields the folder of a made-up token store, removed afterwards."""
     from smoe_train.data import BytesConfig, build_tokenizer, save_tokenizer
-    from smoe_train.data.split_writer import SplitRecord
-    from smoe_train.data.store_files import write_arrays, write_record
-    from smoe_train.data.token_store import FORMAT_VERSION, StoreRecord
+    from smoe_train.data.stores.split_writer import SplitRecord
+    from smoe_train.data.stores.store_files import write_arrays, write_record
+    from smoe_train.data.stores.token_store import FORMAT_VERSION, StoreRecord
 
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="smoe-train-bench-", dir=options.folder) as name:
@@ -178,7 +178,7 @@ def own_memory() -> int:
 
 def samples_of(store: TokenStore, packing: str, length: int) -> Samples:
     """Returns the samples of a store."""
-    from smoe_train.data.loader import FixedBlocks, PackedDocuments
+    from smoe_train.data.batches.loader import FixedBlocks, PackedDocuments
 
     tokens = store.tokens("train")
     if packing == "blocks":
@@ -191,7 +191,7 @@ def samples_of(store: TokenStore, packing: str, length: int) -> Samples:
 def epoch_row(options: argparse.Namespace, folder: Path, packing: str) -> EpochRow:
     """Opens the store and reads an epoch."""
     from smoe_train.data import TokenStore
-    from smoe_train.data.loader import TrainBatches
+    from smoe_train.data.batches.loader import TrainBatches
 
     forget_cached_pages(folder)
     before, start = own_memory(), time.perf_counter()
@@ -231,8 +231,8 @@ def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
 
 def made_up_examples() -> Samples:
     """Returns labelled single texts of about a sentence."""
-    from smoe_train.data.example_store import ExampleSplit
-    from smoe_train.data.loader import PaddedExamples
+    from smoe_train.data.batches.loader import PaddedExamples
+    from smoe_train.data.stores.example_store import ExampleSplit
 
     generator = np.random.default_rng(1)
     sizes = np.clip(generator.lognormal(3.5, 0.7, 50_000), 1, 500).astype(np.int64)
@@ -279,7 +279,7 @@ def training_step(threads: int) -> tuple[Callable[[list[Any]], None], dict[str, 
 
 def speed_rows(options: argparse.Namespace, store: TokenStore) -> tuple[list[SpeedRow], dict[str, Any]]:
     """Times the loader beside training steps; returns a row for each kind of samples, and what the steps consume."""
-    from smoe_train.data.loader import FixedBlocks, PackedDocuments, TrainBatches
+    from smoe_train.data.batches.loader import FixedBlocks, PackedDocuments, TrainBatches
 
     take, shape = training_step(options.threads)
     length, sizes = shape["sequence_length"], (shape["global_batch_size"], shape["micro_batch_size"])

@@ -69,8 +69,8 @@ class Arm:
 
 ARMS = (
     Arm("easy first, mean_ratio", ("curriculum.order={by: mean_ratio}",), reorders=True),
-    Arm("easy first, cosine", ("curriculum.order={by: cosine}",), reorders=True),
     Arm("top_k, k = 2", (f"model.moe.router={{type: top_k, softmax: before_top_k, init_std: {ROUTER_STD}}}",)),
+    Arm("easy first, cosine", ("curriculum.order={by: cosine}",), reorders=True),
     Arm("sorted by length in windows of 16", ("task.length_window=16",)),
 )
 
@@ -155,7 +155,7 @@ def trained_rows(rows: int) -> int:
 
 def steps_of(options: argparse.Namespace, epochs: int) -> int:
     """Returns the steps that lie within so many epochs whole."""
-    return trained_rows(options.rows) * epochs // options.batch_size
+    return int(trained_rows(options.rows) * epochs // options.batch_size)
 
 
 def folder_of(label: str, seed: int, beside: str) -> str:
@@ -358,7 +358,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", help="overrides that name the data, e.g. data.path=glue_data")
     parser.add_argument("--rows", type=int, default=8000, help="training rows, a tenth of them held out")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--validations", type=int, default=6, help="an epoch")

@@ -29,7 +29,7 @@ from smoe_train.checkpoint import (
 )
 from smoe_train.checkpoint.folders import CHECKPOINTS
 from smoe_train.data import ExampleStore, TaskInfo, Tokenizer, load_tokenizer, tokenizer_files
-from smoe_train.data.loader import EvaluationBatches, ExampleBatches, TrainBatches
+from smoe_train.data.batches.loader import EvaluationBatches, ExampleBatches, TrainBatches
 from smoe_train.errors import CheckpointError, Problem, RecipeError
 from smoe_train.model import (
     LocalExpertBank,

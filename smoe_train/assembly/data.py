@@ -18,7 +18,7 @@ from smoe_train.data import (
     prepare,
     prepare_examples,
 )
-from smoe_train.data.loader import (
+from smoe_train.data.batches.loader import (
     EvaluationBatches,
     ExampleBatches,
     FixedBlocks,

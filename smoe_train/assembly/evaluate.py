@@ -13,7 +13,7 @@ from smoe_train.assembly.build import build_model, expert_banks
 from smoe_train.assembly.data import TASK, examples_of
 from smoe_train.checkpoint import Checkpoint, load_weights
 from smoe_train.data import ExampleStore, TaskInfo, Tokenizer, load_tokenizer
-from smoe_train.data.loader import ExampleBatches
+from smoe_train.data.batches.loader import ExampleBatches
 from smoe_train.errors import CheckpointError
 from smoe_train.evaluation import ClassifierScore, evaluate_classifier
 from smoe_train.evaluation.metrics import constant_baseline

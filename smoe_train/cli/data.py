@@ -13,11 +13,12 @@ from rich.table import Column, Table
 
 from smoe_train.assembly import AnyStore, prepare_data
 from smoe_train.cli.progress_bars import shown
-from smoe_train.data import ExampleStore, Tokenizer, TokenStore, build_source, default_cache, example_store, token_store
+from smoe_train.data import ExampleStore, Tokenizer, TokenStore, build_source, default_cache
 from smoe_train.data.examples import LabelledCorpus
-from smoe_train.data.known_corpora import recall, take_stamp
-from smoe_train.data.saved_tokenizer import ready_tokenizer
 from smoe_train.data.source import Corpus, LabelledSource, TextSource
+from smoe_train.data.stores import example_store, token_store
+from smoe_train.data.stores.known_corpora import recall, take_stamp
+from smoe_train.data.stores.saved_tokenizer import ready_tokenizer
 from smoe_train.errors import DataError
 from smoe_train.recipe import Recipe, load_recipe
 

@@ -18,7 +18,7 @@ from smoe_train.cli.measuring import in_workers, measuring_worker, top_k_values
 from smoe_train.cli.run_folder import open_run
 from smoe_train.config import Layered, StrictModel, apply_overrides, build
 from smoe_train.data import SOURCES, AnySourceConfig, SourceConfig, TaskInfo
-from smoe_train.data.glue_tasks import GLUE_NAMES
+from smoe_train.data.reading.glue_tasks import GLUE_NAMES
 from smoe_train.errors import DataError, LaunchError, RecipeError
 from smoe_train.evaluation.metrics import constant_baseline, task_score
 from smoe_train.evaluation.predictions import predictions_file, write_predictions
@@ -28,7 +28,7 @@ from smoe_train.registry import suggest
 from smoe_train.training.task_config import SequenceClassificationConfig
 
 if TYPE_CHECKING:
-    from smoe_train.data.example_store import ExampleStore
+    from smoe_train.data.stores.example_store import ExampleStore
 
 WORKER = "smoe_train.cli.evaluate_tasks"
 MISMATCHED = "mismatched"

@@ -24,8 +24,8 @@ from smoe_train.data import (
     load_tokenizer,
     save_tokenizer,
 )
-from smoe_train.data.saved_tokenizer import check_replaceable, find_saved
 from smoe_train.data.source import Corpus, LabelledSource, StoredFile, TextSource, byte_range, checksum
+from smoe_train.data.stores.saved_tokenizer import check_replaceable, find_saved
 from smoe_train.errors import DataError, LaunchError
 from smoe_train.recipe import load_recipe
 
@@ -170,7 +170,7 @@ def _text_of_files(paths: Sequence[Path]) -> TrainingText:
 
 
 def _text_of(data: SourceConfig) -> TrainingText:
-    from smoe_train.data.example_store import training_text
+    from smoe_train.data.stores.example_store import training_text
 
     cache, source = default_cache(), build_source(data)
     assert isinstance(source, TextSource | LabelledSource)

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
-from smoe_train.data.example_store import ExampleStore, prepare_examples
+from smoe_train.data.batches.loader_config import LoaderConfig
 from smoe_train.data.examples import Example, LabelledCorpus, TaskInfo
-from smoe_train.data.loader_config import LoaderConfig
-from smoe_train.data.saved_tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
 from smoe_train.data.source import (
     SOURCES,
     SPLITS,
@@ -31,7 +29,9 @@ from smoe_train.data.source import (
     build_source,
     register_source,
 )
-from smoe_train.data.token_store import TokenStore, default_cache, prepare
+from smoe_train.data.stores.example_store import ExampleStore, prepare_examples
+from smoe_train.data.stores.saved_tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
+from smoe_train.data.stores.token_store import TokenStore, default_cache, prepare
 from smoe_train.data.tokenizer import (
     TOKENIZERS,
     Tokenizer,
@@ -54,7 +54,7 @@ def _tagged_union(configs: list[type[Any]], tag: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from smoe_train.data.loader import IGNORED_LABEL, EvaluationBatches, MicroBatch, TrainBatches, block_order
+    from smoe_train.data.batches.loader import IGNORED_LABEL, EvaluationBatches, MicroBatch, TrainBatches, block_order
 
     AnySourceConfig = SourceConfig
     AnyTokenizerConfig = TokenizerConfig
@@ -63,7 +63,7 @@ else:
     AnyTokenizerConfig = _tagged_union([entry.config for _, entry in TOKENIZERS.items()], "type")
 
 __getattr__ = lazy_attributes(
-    __name__, {"loader": ("IGNORED_LABEL", "EvaluationBatches", "MicroBatch", "TrainBatches", "block_order")}
+    __name__, {"batches.loader": ("IGNORED_LABEL", "EvaluationBatches", "MicroBatch", "TrainBatches", "block_order")}
 )
 
 __all__ = [

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoe_train.data.batches.loader import MicroBatch
 from smoe_train.data.examples import TaskInfo
-from smoe_train.data.loader import MicroBatch
 from smoe_train.errors import RunFailedError
 from smoe_train.evaluation.language_model import StatSums, add_stats
 from smoe_train.evaluation.metrics import Numbers, compute_metrics, task_score

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_train.data.loader import IGNORED_LABEL, EvaluationBatches
+from smoe_train.data.batches.loader import IGNORED_LABEL, EvaluationBatches
 from smoe_train.routing.contract import same_on_one_rank
 from smoe_train.schedules import Knobs
 

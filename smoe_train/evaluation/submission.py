@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smoe_train.data.examples import TaskInfo
-from smoe_train.data.glue_tasks import GLUE_TASKS, GlueName
+from smoe_train.data.reading.glue_tasks import GLUE_TASKS, GlueName
 from smoe_train.durable import replacing
 from smoe_train.errors import DataError
 from smoe_train.evaluation.predictions import Row, format_predictions, predictions_file, read_predictions

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from smoe_train.data.examples import DEV
-from smoe_train.data.glue_tasks import GLUE_TASKS
+from smoe_train.data.reading.glue_tasks import GLUE_TASKS
 from smoe_train.errors import DataError
 from smoe_train.evaluation.results import RESULTS, SplitResult, TaskResult
 

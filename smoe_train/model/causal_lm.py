@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from smoe_train.data.loader import IGNORED_LABEL
+from smoe_train.data.batches.loader import IGNORED_LABEL
 from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
 from smoe_train.model.smoe_config import SmoeConfig
 from smoe_train.model.transformer import SmoeModel, SmoeOutput, SmoePreTrainedModel, weighted_router_loss

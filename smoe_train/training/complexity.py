@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from smoe_train.checkpoint import Checkpoint, read_extra
-from smoe_train.data.curriculum_order import Indices, easy_first, spread_within_batches
-from smoe_train.data.loader import MicroBatch, TrainBatches, block_order
+from smoe_train.data.batches.curriculum_order import Indices, easy_first, spread_within_batches
+from smoe_train.data.batches.loader import MicroBatch, TrainBatches, block_order
 from smoe_train.errors import CheckpointError
 from smoe_train.schedules import SampleOrderConfig
 

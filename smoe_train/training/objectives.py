@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from smoe_train.data.loader import MicroBatch
+from smoe_train.data.batches.loader import MicroBatch
 from smoe_train.model import (
     SmoeConfig,
     SmoeOutput,

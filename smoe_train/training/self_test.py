@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smoe_train.data.loader import MicroBatch
+from smoe_train.data.batches.loader import MicroBatch
 from smoe_train.errors import CheckFailedError
 from smoe_train.model import SmoePreTrainedModel, StackedExperts
 from smoe_train.model.moe import MoeLayer

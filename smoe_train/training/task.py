@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from smoe_train.data.batches.loader import EvaluationBatches, ExampleBatches, MicroBatch
 from smoe_train.data.examples import TaskInfo
-from smoe_train.data.loader import EvaluationBatches, ExampleBatches, MicroBatch
 from smoe_train.evaluation import (
     StatSums,
     TextFigures,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smoe_train.checkpoint import Checkpoint, CheckpointStore, collect, restore
-from smoe_train.data.loader import Indices, MicroBatch, TrainBatches
+from smoe_train.data.batches.loader import Indices, MicroBatch, TrainBatches
 from smoe_train.errors import RunFailedError, RunStoppedError
 from smoe_train.evaluation import StatSums
 from smoe_train.model import SmoePreTrainedModel

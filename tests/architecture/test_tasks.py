@@ -6,7 +6,7 @@ import pytest
 
 from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST
 from smoe_train.data import SOURCES, build_source
-from smoe_train.data.glue_tasks import GLUE_TASKS
+from smoe_train.data.reading.glue_tasks import GLUE_TASKS
 from smoe_train.errors import RecipeError
 from smoe_train.recipe import RECIPE, load_recipe, recipe_folder
 from smoe_train.routing import ROUTERS

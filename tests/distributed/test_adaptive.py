@@ -15,7 +15,7 @@ from support.ranks import run_ranks
 
 from smoe_train import assembly
 from smoe_train.data import prepare
-from smoe_train.data.loader import FixedBlocks, TrainBatches
+from smoe_train.data.batches.loader import FixedBlocks, TrainBatches
 from smoe_train.model import RankReduction
 from smoe_train.recipe import Recipe
 from smoe_train.schedules import Knobs

@@ -154,7 +154,7 @@ def test_bf16_is_near_fp32(text: Path, reference: Any, world_size: int, size: in
 
 
 def unequal_evaluation(recipe: Recipe) -> list[dict[str, float | int]]:
-    from smoe_train.data.loader import EvaluationBatches
+    from smoe_train.data.batches.loader import EvaluationBatches
     from smoe_train.evaluation import TextFigures, evaluate_language_model
 
     process = assembly.start_process(recipe)

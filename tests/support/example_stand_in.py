@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from smoe_train.data.loader import PaddedExamples
+from smoe_train.data.batches.loader import PaddedExamples
 
 
 class StandIn:

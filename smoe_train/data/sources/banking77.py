@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from smoe_train.data.examples import DEV, TEST, TRAIN, TaskInfo
-from smoe_train.data.labelled_source import HubSplit, PublishedConfig, SplitSource
-from smoe_train.data.row_examples import Columns
+from smoe_train.data.reading.labelled_source import HubSplit, PublishedConfig, SplitSource
+from smoe_train.data.reading.row_examples import Columns
+from smoe_train.data.reading.split_files import SplitFiles, find_splits
 from smoe_train.data.source import register_source
-from smoe_train.data.split_files import SplitFiles, find_splits
 from smoe_train.errors import DataError
 
 HUB = "legacy-datasets/banking77"

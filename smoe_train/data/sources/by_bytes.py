@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from smoe_train.data.archives import is_zip, open_members
-from smoe_train.data.download import Published
+from smoe_train.data.reading.archives import is_zip, open_members
+from smoe_train.data.reading.download import Published
 from smoe_train.data.source import (
     Corpus,
     SourceConfig,

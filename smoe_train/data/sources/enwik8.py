@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from smoe_train.data.build_once import build_once
-from smoe_train.data.download import Published, fetch, location
-from smoe_train.data.rows import text_of
+from smoe_train.data.reading.download import Published, fetch, location
+from smoe_train.data.reading.rows import text_of
 from smoe_train.data.source import (
     CHUNK_BYTES,
     Corpus,
@@ -29,6 +28,7 @@ from smoe_train.data.sources.by_bytes import (
     stored_text,
 )
 from smoe_train.data.sources.hub import read_hub
+from smoe_train.data.stores.build_once import build_once
 from smoe_train.errors import DataError
 
 ENWIK8 = StandardText(

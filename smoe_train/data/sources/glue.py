@@ -8,15 +8,15 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from smoe_train.data import download
-from smoe_train.data.archives import is_archive
 from smoe_train.data.examples import DEV, TEST, TRAIN, TaskInfo
-from smoe_train.data.glue_tasks import DEV_MISMATCHED, GLUE_TASKS, HUB, TEST_MISMATCHED, GlueName
-from smoe_train.data.labelled_source import HubSplit, PublishedConfig, SplitSource
-from smoe_train.data.row_examples import Columns
-from smoe_train.data.rows import Row, read_lines, read_rows, read_tsv, row_format
+from smoe_train.data.reading import download
+from smoe_train.data.reading.archives import is_archive
+from smoe_train.data.reading.glue_tasks import DEV_MISMATCHED, GLUE_TASKS, HUB, TEST_MISMATCHED, GlueName
+from smoe_train.data.reading.labelled_source import HubSplit, PublishedConfig, SplitSource
+from smoe_train.data.reading.row_examples import Columns
+from smoe_train.data.reading.rows import Row, read_lines, read_rows, read_tsv, row_format
+from smoe_train.data.reading.split_files import SplitFiles, find_splits
 from smoe_train.data.source import StoredFile, register_source
-from smoe_train.data.split_files import SplitFiles, find_splits
 
 MRPC_TRAIN, MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
 MRPC_DEV_IDS = ("dev_ids.tsv", "mrpc_dev_ids.tsv")

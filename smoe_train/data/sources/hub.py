@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from smoe_train.data.rows import Row
+from smoe_train.data.reading.rows import Row
 from smoe_train.errors import DataError
 
 BATCH_ROWS = 1000

@@ -10,14 +10,14 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from smoe_train.data import download
-from smoe_train.data.archives import inside, is_archive, read_members
 from smoe_train.data.examples import DEV, TEST, TRAIN, TaskInfo
-from smoe_train.data.labelled_source import HubSplit, PublishedConfig, SplitSource
-from smoe_train.data.row_examples import Columns
-from smoe_train.data.rows import Row, read_lines, read_rows, row_format
+from smoe_train.data.reading import download
+from smoe_train.data.reading.archives import inside, is_archive, read_members
+from smoe_train.data.reading.labelled_source import HubSplit, PublishedConfig, SplitSource
+from smoe_train.data.reading.row_examples import Columns
+from smoe_train.data.reading.rows import Row, read_lines, read_rows, row_format
+from smoe_train.data.reading.split_files import SplitFiles, find_splits
 from smoe_train.data.source import StoredFile, register_source
-from smoe_train.data.split_files import SplitFiles, find_splits
 
 HUB = "stanfordnlp/imdb"
 ARCHIVE = download.Published(

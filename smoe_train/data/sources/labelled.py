@@ -9,11 +9,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from smoe_train.data.examples import DEV, TEST, TRAIN, Metric, TaskInfo
-from smoe_train.data.labelled_source import HubSplit, LabelledConfig, SplitSource
-from smoe_train.data.row_examples import Columns
-from smoe_train.data.rows import Row, read_rows, read_tsv, row_format
+from smoe_train.data.reading.labelled_source import HubSplit, LabelledConfig, SplitSource
+from smoe_train.data.reading.row_examples import Columns
+from smoe_train.data.reading.rows import Row, read_rows, read_tsv, row_format
+from smoe_train.data.reading.split_files import SplitFiles, find_splits
 from smoe_train.data.source import StoredFile, register_source
-from smoe_train.data.split_files import SplitFiles, find_splits
 from smoe_train.errors import DataError
 
 STEMS = {TRAIN: ("train",), DEV: ("dev", "validation", "valid"), TEST: ("test",)}

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from smoe_train.data.examples import DEV, TRAIN, Example, LabelledCorpus, TaskInfo
-from smoe_train.data.labelled_source import cut, keep
+from smoe_train.data.reading.labelled_source import cut, keep
 from smoe_train.data.source import LabelledSource, SourceConfig, register_source
 from smoe_train.data.sources import pydocs
 from smoe_train.errors import DataError

@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from smoe_train.data.documents import divided, of_documents
-from smoe_train.data.rows import SUFFIXES, hub_files, read_rows, row_format, text_of
+from smoe_train.data.reading.documents import divided, of_documents
+from smoe_train.data.reading.rows import SUFFIXES, hub_files, read_rows, row_format, text_of
 from smoe_train.data.source import Corpus, SourceConfig, Split, SplitName, TextSource, register_source
 from smoe_train.data.sources.hub import read_hub
 from smoe_train.errors import DataError

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from smoe_train.data.examples import DEV, TEST, TRAIN, TaskInfo
-from smoe_train.data.labelled_source import HubSplit, PublishedConfig, SplitSource
-from smoe_train.data.row_examples import Columns
-from smoe_train.data.rows import Row, read_lines, read_rows, row_format
+from smoe_train.data.reading.labelled_source import HubSplit, PublishedConfig, SplitSource
+from smoe_train.data.reading.row_examples import Columns
+from smoe_train.data.reading.rows import Row, read_lines, read_rows, row_format
+from smoe_train.data.reading.split_files import TEXT_SUFFIXES, SplitFiles, find_splits
 from smoe_train.data.source import StoredFile, register_source
-from smoe_train.data.split_files import TEXT_SUFFIXES, SplitFiles, find_splits
 from smoe_train.errors import DataError
 
 HUB = "SetFit/sst5"

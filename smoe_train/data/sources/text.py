@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from smoe_train.data.archives import inside
+from smoe_train.data.reading.archives import inside
 from smoe_train.data.source import (
     Corpus,
     SourceConfig,

@@ -10,11 +10,11 @@ from typing import Literal
 from pydantic import model_validator
 
 from smoe_train.data import progress
-from smoe_train.data.archives import is_zip, open_members
-from smoe_train.data.build_once import build_once
-from smoe_train.data.download import Published, fetch, location
+from smoe_train.data.reading.archives import is_zip, open_members
+from smoe_train.data.reading.download import Published, fetch, location
 from smoe_train.data.source import Corpus, StoredFile, TextSource, checksum, register_source
 from smoe_train.data.sources.by_bytes import ByBytesConfig, StandardText, divided, stored_text
+from smoe_train.data.stores.build_once import build_once
 from smoe_train.errors import DataError
 
 TEXT8 = StandardText(

@@ -11,11 +11,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from smoe_train.data.archives import is_zip, open_members
-from smoe_train.data.build_once import build_once
-from smoe_train.data.documents import divided, in_chunks
-from smoe_train.data.download import Published, fetch, location
-from smoe_train.data.rows import Row, hub_files, read_rows, text_of
+from smoe_train.data.reading.archives import is_zip, open_members
+from smoe_train.data.reading.documents import divided, in_chunks
+from smoe_train.data.reading.download import Published, fetch, location
+from smoe_train.data.reading.rows import Row, hub_files, read_rows, text_of
+from smoe_train.data.reading.wiki_articles import Scan, scan
 from smoe_train.data.source import (
     SPLITS,
     Corpus,
@@ -27,7 +27,7 @@ from smoe_train.data.source import (
     register_source,
 )
 from smoe_train.data.sources.hub import read_hub
-from smoe_train.data.wiki_articles import Scan, scan
+from smoe_train.data.stores.build_once import build_once
 from smoe_train.errors import DataError
 
 HUB = "Salesforce/wikitext"

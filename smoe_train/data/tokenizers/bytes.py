@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from smoe_train.data.pieces import well_formed
 from smoe_train.data.source import Offsets
 from smoe_train.data.tokenizer import TokenArray, Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
+from smoe_train.data.tokenizers.pieces import well_formed
 
 
 class BytesConfig(TokenizerConfig):

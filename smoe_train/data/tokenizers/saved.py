@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from smoe_train.data.saved_tokenizer import find_saved, load_tokenizer
+from smoe_train.data.stores.saved_tokenizer import find_saved, load_tokenizer
 from smoe_train.data.tokenizer import Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
 
 

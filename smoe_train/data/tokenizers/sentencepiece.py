@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from smoe_train.data.pieces import TextTokenizer, text_pieces, well_formed
-from smoe_train.data.saved_tokenizer import learnt_once
+from smoe_train.data.stores.saved_tokenizer import learnt_once
 from smoe_train.data.tokenizer import Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
+from smoe_train.data.tokenizers.pieces import TextTokenizer, text_pieces, well_formed
 from smoe_train.errors import DataError
 
 MODEL = "sentencepiece.model"

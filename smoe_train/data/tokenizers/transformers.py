@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from smoe_train.data.pieces import TextTokenizer, well_formed
 from smoe_train.data.tokenizer import Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
+from smoe_train.data.tokenizers.pieces import TextTokenizer, well_formed
 from smoe_train.errors import DataError
 
 # Of a model's folder, what a tokenizer is made from.

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from smoe_train.data.pieces import TextTokenizer, text_pieces, well_formed
-from smoe_train.data.saved_tokenizer import learnt_once
 from smoe_train.data.source import Offsets
+from smoe_train.data.stores.saved_tokenizer import learnt_once
 from smoe_train.data.tokenizer import TokenArray, Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
-from smoe_train.data.words import END_OF_LINE, UNKNOWN, words_of
+from smoe_train.data.tokenizers.pieces import TextTokenizer, text_pieces, well_formed
+from smoe_train.data.tokenizers.words import END_OF_LINE, UNKNOWN, words_of
 from smoe_train.errors import DataError
 
 VOCABULARY = "vocabulary.txt"

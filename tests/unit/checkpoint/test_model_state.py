@@ -13,7 +13,7 @@ from smoe_train.assembly import build_engine, build_model
 from smoe_train.checkpoint import CheckpointStore, collect, load_weights, read_extra, restore, seed_everything
 from smoe_train.checkpoint.store import Checkpoint
 from smoe_train.cli.run_folder import OneRank
-from smoe_train.data.loader import MicroBatch
+from smoe_train.data.batches.loader import MicroBatch
 from smoe_train.errors import CheckpointError
 from smoe_train.parallel.process import Process
 from smoe_train.schedules import learning_rate

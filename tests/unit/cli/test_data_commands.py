@@ -12,8 +12,8 @@ from support.command import smoe_train
 
 from smoe_train.cli.data import printable
 from smoe_train.cli.progress_bars import shown
-from smoe_train.data import known_corpora, token_store
 from smoe_train.data.progress import current
+from smoe_train.data.stores import known_corpora, token_store
 
 DOCUMENTS = ["Ein\x1b[31m Wort.", "zwei drei", "vier", "fünf", "sechs sieben", "acht"]
 ROWS = [

@@ -20,9 +20,10 @@ import pytest
 import yaml
 from support.command import smoe_train
 
-from smoe_train.data import BytesConfig, example_store, known_corpora, prepare, prepare_examples, token_store
+from smoe_train.data import BytesConfig, prepare, prepare_examples
 from smoe_train.data.sources.labelled import LabelledFilesConfig
 from smoe_train.data.sources.text import TextConfig
+from smoe_train.data.stores import example_store, known_corpora, token_store
 from smoe_train.data.tokenizers.word import WordConfig
 from smoe_train.errors import DataError
 

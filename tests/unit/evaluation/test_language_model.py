@@ -10,7 +10,7 @@ import torch
 from support.tiny import tiny_recipe
 
 from smoe_train.assembly import build_model
-from smoe_train.data.loader import EvaluationBatches
+from smoe_train.data.batches.loader import EvaluationBatches
 from smoe_train.evaluation import TextFigures, add_stats, evaluate_language_model
 from smoe_train.schedules import Knobs
 

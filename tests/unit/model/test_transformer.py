@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.small_model import VOCAB, small_config, small_model, text
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from smoe_train.data.loader import IGNORED_LABEL
+from smoe_train.data.batches.loader import IGNORED_LABEL
 from smoe_train.model import (
     RankReduction,
     SmoeConfig,

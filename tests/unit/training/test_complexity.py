@@ -13,8 +13,8 @@ from smoe_train.assembly import build_batches, build_trainer, check_identity, op
 from smoe_train.checkpoint import Checkpoint, read_extra
 from smoe_train.config import merge
 from smoe_train.data import prepare
-from smoe_train.data.curriculum_order import easy_first
-from smoe_train.data.loader import FixedBlocks, MicroBatch, TrainBatches, block_order
+from smoe_train.data.batches.curriculum_order import easy_first
+from smoe_train.data.batches.loader import FixedBlocks, MicroBatch, TrainBatches, block_order
 from smoe_train.errors import CheckpointError, DataError
 from smoe_train.parallel.process import Process
 from smoe_train.schedules import SampleOrderConfig

@@ -9,7 +9,7 @@ import torch
 from support.tiny import tiny_recipe
 
 from smoe_train.assembly import build_model
-from smoe_train.data.loader import MicroBatch
+from smoe_train.data.batches.loader import MicroBatch
 from smoe_train.schedules import Knobs
 from smoe_train.training.objectives import language_modelling
 

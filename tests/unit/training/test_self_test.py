@@ -9,7 +9,7 @@ from support.small_model import VOCAB, small_model
 from support.tiny import tiny_recipe
 
 from smoe_train import assembly
-from smoe_train.data.loader import MicroBatch
+from smoe_train.data.batches.loader import MicroBatch
 from smoe_train.errors import CheckFailedError
 from smoe_train.schedules import CompetitionConfig, CompetitionSchedule, Curriculum, CurriculumConfig
 from smoe_train.training.config import OptimizerConfig

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from support.file_server import serving
 
-from smoe_train.data import BytesConfig, build_source, download, prepare
-from smoe_train.data.download import Published
+from smoe_train.data import BytesConfig, build_source, prepare
+from smoe_train.data.reading import download
+from smoe_train.data.reading.download import Published
 from smoe_train.data.sources import enwik8, hub
 from smoe_train.data.sources.enwik8 import Enwik8Config
 from smoe_train.errors import DataError

@@ -7,9 +7,10 @@ import pyarrow.parquet
 import pytest
 from pydantic import ValidationError
 
-from smoe_train.data import build_source, download
+from smoe_train.data import build_source
 from smoe_train.data.examples import Example
-from smoe_train.data.glue_tasks import GLUE_TASKS
+from smoe_train.data.reading import download
+from smoe_train.data.reading.glue_tasks import GLUE_TASKS
 from smoe_train.data.sources import hub
 from smoe_train.data.sources.glue import GlueConfig
 from smoe_train.errors import DataError

@@ -5,8 +5,9 @@ import tarfile
 import pytest
 from pydantic import ValidationError
 
-from smoe_train.data import build_source, download
+from smoe_train.data import build_source
 from smoe_train.data.examples import Example
+from smoe_train.data.reading import download
 from smoe_train.data.sources import hub
 from smoe_train.data.sources.imdb import ImdbConfig, without_breaks
 from smoe_train.errors import DataError

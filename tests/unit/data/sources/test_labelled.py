@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from smoe_train.data import build_source
 from smoe_train.data.examples import Example
-from smoe_train.data.labelled_source import cut, keep
+from smoe_train.data.reading.labelled_source import cut, keep
 from smoe_train.data.sources import hub
 from smoe_train.data.sources.labelled import LabelledFilesConfig
 from smoe_train.errors import DataError

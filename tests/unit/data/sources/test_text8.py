@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 from support.file_server import serving
 
-from smoe_train.data import build_source, download
-from smoe_train.data.download import Published
+from smoe_train.data import build_source
+from smoe_train.data.reading import download
+from smoe_train.data.reading.download import Published
 from smoe_train.data.source import StoredFile
 from smoe_train.data.sources import text8
 from smoe_train.data.sources.text8 import Text8Config, filtered

@@ -12,8 +12,9 @@ import pytest
 from pydantic import ValidationError
 from support.file_server import serving
 
-from smoe_train.data import build_source, download
-from smoe_train.data.download import Published
+from smoe_train.data import build_source
+from smoe_train.data.reading import download
+from smoe_train.data.reading.download import Published
 from smoe_train.data.sources import hub, wikitext
 from smoe_train.data.sources.wikitext import EDITIONS, HUB, REVISION, WikitextConfig
 from smoe_train.errors import DataError
