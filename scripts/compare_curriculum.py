@@ -47,6 +47,7 @@ SETTINGS = (
     "checkpoint.keep_last=1",
     "parallel.engine=local",
 )
+RANKS = 8  # among which the batches of 64 are thought to be shared out, as the paper's were
 SELECTION_FRACTION, MOST_SELECTED = 0.1, 1000  # the recipe's, which has the defaults
 
 NOTE = re.compile(r"^epoch \d+: .*median ([\d.]+), .*deviation within a batch ([\d.]+) \(([\d.]+) if shuffled\)", re.M)
@@ -85,6 +86,7 @@ class Course:
         expert_rows: Steps done and token-expert pairs computed until then, at each reading.
         dev_accuracy: Of the checkpoint that was best on held-out rows.
         padded: Tokens with padding over real ones, in the last epoch.
+        waiting: See `last_epoch`.
     """
 
     step_seconds: tuple[float, ...]
@@ -92,6 +94,7 @@ class Course:
     expert_rows: tuple[tuple[int, float], ...]
     dev_accuracy: float
     padded: float
+    waiting: tuple[float, float] | None = None
 
     @property
     def best(self) -> float:
@@ -135,6 +138,8 @@ class Pair:
         """Returns the arm's costs over those of the plain run: until their equal loss, and of the whole run."""
         loss = max(self.plain.best, self.run.best)
         ours, theirs = self.run.steps_to(loss), self.plain.steps_to(loss)
+        # Times are means between readings, so only those that end within the epoch are its own.
+        same = max(step for step, _ in self.run.expert_rows if step <= self.first_epoch_steps)
         assert ours is not None
         assert theirs is not None
         return {
@@ -143,8 +148,7 @@ class Pair:
             "expert_rows_to_equal_loss": self.run.rows(ours) / self.plain.rows(theirs),
             "time": self.run.seconds() / self.plain.seconds(),
             "expert_rows": self.run.rows() / self.plain.rows(),
-            "time_of_first_epoch": self.run.seconds(self.first_epoch_steps)
-            / self.plain.seconds(self.first_epoch_steps),
+            "time_of_first_epoch": self.run.seconds(same) / self.plain.seconds(same),
         }
 
 
@@ -219,24 +223,47 @@ def train_pair(arm: Arm, seed: int, options: argparse.Namespace) -> None:
         raise SystemExit(f"{'; '.join(failed)}; see the logs in {options.output_dir}")
 
 
-def padding(run: Path) -> float:
-    """Returns tokens with padding over real ones in a run's last epoch, whose order its last checkpoint has if made."""
+def last_epoch(run: Path) -> tuple[float, tuple[float, float] | None]:
+    """Returns tokens with padding over real ones in a run's last epoch, and for a re-ordered one the waiting.
+
+    That is the expert rows of the busiest of `RANKS` ranks over their mean, had its steps been shared out to so many,
+    as ordered and if shuffled. Order and counts are those that its last checkpoint holds.
+    """
+    import numpy as np
+
     from smoe_train.assembly import build_batches, prepare_data, run_tokenizer
     from smoe_train.checkpoint import Checkpoint, read_extra
+    from smoe_train.checkpoint.folders import CHECKPOINTS, find_checkpoint
     from smoe_train.recipe import load_recipe
 
     recipe = load_recipe(str(run / "recipe.yaml"))
     batches = build_batches(recipe, prepare_data(recipe, run_tokenizer(run)), 0, 1).train
-    saved = read_extra(Checkpoint.open(run / "checkpoints" / "latest"), "sample_order/")
-    if "order" in saved:
-        batches.orders = {int(saved["epoch"]): saved["order"].numpy()}
     last = recipe.training.max_steps
     whole = range(batches.first_step_of(batches.epochs_of(last - 1)[-1]) + 1, last)
+    saved = read_extra(Checkpoint.open(find_checkpoint(run / CHECKPOINTS, "latest")), "sample_order/")
+    waiting = None
+    if saved and batches.global_batch_size % RANKS == 0:
+        *hard_LN, tokens_N = saved["counted"].numpy().T
+        # Some samples were seen twice since the epoch's order was made, so shares are taken and not counts.
+        rows_N = batches.samples.lengths() * (len(hard_LN) + np.sum(hard_LN, axis=0) / np.maximum(tokens_N, 1))
+
+        def busiest() -> float:
+            shares = [rows_N[batches.blocks_of(step)].reshape(-1, RANKS).sum(axis=0) for step in whole]
+            return float(np.mean([share.max() / share.mean() for share in shares]))
+
+        shuffled = busiest()
+        batches.orders = {int(saved["epoch"]): saved["order"].numpy()}
+        waiting = (busiest(), shuffled)
     padded = sum(batch.input_ids_BS.numel() for step in whole for batch in batches[step])
-    return padded / sum(batches.tokens_of(step) for step in whole)
+    return padded / sum(batches.tokens_of(step) for step in whole), waiting
 
 
-def course_of(metrics: list[dict[str, Any]], routing: list[dict[str, Any]], padded: float) -> Course:
+def course_of(
+    metrics: list[dict[str, Any]],
+    routing: list[dict[str, Any]],
+    padded: float,
+    waiting: tuple[float, float] | None = None,
+) -> Course:
     """Returns a run's course from the records of its journals."""
     rows: dict[int, float] = {}
     for record in routing:
@@ -249,6 +276,7 @@ def course_of(metrics: list[dict[str, Any]], routing: list[dict[str, Any]], padd
         tuple(zip(steps, accumulate(rows[step] for step in steps), strict=True)),
         next(record["accuracy"] for record in metrics if record["split"] == "dev"),
         padded,
+        waiting,
     )
 
 
@@ -262,7 +290,7 @@ def read_pair(arm: Arm, seed: int, options: argparse.Namespace) -> Pair:
             [json.loads(line) for line in (run / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()]
             for kind in ("metrics", "routing")
         )
-        return course_of(metrics, routing, padding(run))
+        return course_of(metrics, routing, *last_epoch(run))
 
     log = (options.output_dir / f"{names[1]}.log").read_text(encoding="utf-8")
     deviations = tuple((float(ordered), float(shuffled)) for _, ordered, shuffled in NOTE.findall(log))
@@ -329,9 +357,12 @@ def table(pairs: Sequence[Pair]) -> str:
     if noise:
         lines.append(f"Time of the first epoch, which is the same in both orders: {middle(noise)}.")
     for label in dict.fromkeys(pair.arm for pair in pairs if pair.deviations):
-        found = [one for pair in pairs if pair.arm == label for one in pair.deviations]
-        ordered, shuffled = (statistics.median(values) for values in zip(*found, strict=True))
-        lines.append(f"Deviation of difficulty within a batch, {label}: {ordered:.4f}, {shuffled:.4f} if shuffled.")
+        own = [pair for pair in pairs if pair.arm == label]
+        told = {"deviation of difficulty within a batch": [one for pair in own for one in pair.deviations]}
+        told[f"rows of the busiest of {RANKS} ranks over their mean"] = [p.run.waiting for p in own if p.run.waiting]
+        for what, found in told.items():
+            ordered, shuffled = (statistics.median(values) for values in zip(*found, strict=True))
+            lines.append(f"{label}, {what}: {ordered:.4f}, {shuffled:.4f} if shuffled.")
     return "\n".join(lines) + "\n"
 
 

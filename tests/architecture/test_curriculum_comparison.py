@@ -34,7 +34,7 @@ def recipe_of(script, overrides, options):
 
 
 def course(script, seconds, held_out, rows, dev=0.8):
-    return script.Course(tuple(seconds), tuple(held_out), tuple(rows), dev, 1.5)
+    return script.Course(tuple(seconds), tuple(held_out), tuple(rows), dev, 1.5, (1.1, 1.3))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def pair(script):
     start = (2, 0.7)
     plain = course(script, [1.0] * 8, [start, (4, 0.6), (6, 0.5), (8, 0.45)], [(2, 40), (4, 80), (6, 120), (8, 160)])
     run = course(script, [1.1] * 2 + [0.9] * 6, [start, (4, 0.5), (6, 0.55), (8, 0.52)], [(2, 40), (4, 70), (8, 130)])
-    return script.Pair("easy", 1, plain, run, 2, ((0.01, 0.03), (0.02, 0.05)))
+    return script.Pair("easy", 1, plain, run, 3, ((0.01, 0.03), (0.02, 0.05)))
 
 
 def test_runs_differ_from_the_plain_one_in_what_the_arm_says(script, options):
@@ -140,4 +140,5 @@ def test_table(script, pair):
     assert "| easy | 0.83 (0.67 to 1.00) | no gain beyond the noise | 0.83 (0.67 to 1.00) |" in text
     assert text.count("| 1 of 2, steps 6 | 0.850 (0.800 to 0.900) |") == 2
     assert "Time of the first epoch, which is the same in both orders: 1.05 (1.00 to 1.10)." in text
-    assert "within a batch, easy: 0.0200, 0.0400 if shuffled." in text
+    assert "easy, deviation of difficulty within a batch: 0.0200, 0.0400 if shuffled." in text
+    assert "easy, rows of the busiest of 8 ranks over their mean: 1.1000, 1.3000 if shuffled." in text
