@@ -388,7 +388,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", help="overrides that name the data, e.g. data.path=glue_data")
-    parser.add_argument("--rows", type=int, default=12000, help="training rows, of which a tenth, at most 1,000, is held out")
+    parser.add_argument("--rows", type=int, default=8000, help="to train on and to hold out from it (a tenth)")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
