@@ -47,7 +47,7 @@ SETTINGS = (
     "checkpoint.keep_last=1",
     "parallel.engine=local",
 )
-RANKS = 8  # among which the batches of 64 are thought to be shared out, as the paper's were
+RANKS = 8  # as many as the paper's; runs here have one, and what several would wait is worked out
 SELECTION_FRACTION, MOST_SELECTED = 0.1, 1000  # the recipe's, which has the defaults
 
 NOTE = re.compile(r"^epoch \d+: .*median ([\d.]+), .*deviation within a batch ([\d.]+) \(([\d.]+) if shuffled\)", re.M)
@@ -77,6 +77,21 @@ ARMS = (
 
 
 @dataclass(frozen=True)
+class Batching:
+    """The batches of a run's last epoch.
+
+    Attributes:
+        padded: Tokens with padding over real ones.
+        busiest_tokens: Tokens of the busiest rank over their mean, had each step been shared out to `RANKS` ranks.
+        busiest_rows: The same of expert rows, where these were counted by sample, as ordered and if shuffled.
+    """
+
+    padded: float
+    busiest_tokens: float
+    busiest_rows: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Course:
     """How a run went.
 
@@ -85,16 +100,14 @@ class Course:
         held_out: Steps done and held-out loss, at each validation.
         expert_rows: Steps done and token-expert pairs computed until then, at each reading.
         dev_accuracy: Of the checkpoint that was best on held-out rows.
-        padded: Tokens with padding over real ones, in the last epoch.
-        waiting: See `last_epoch`.
+        batching: What its batches were like.
     """
 
     step_seconds: tuple[float, ...]
     held_out: tuple[tuple[int, float], ...]
     expert_rows: tuple[tuple[int, float], ...]
     dev_accuracy: float
-    padded: float
-    waiting: tuple[float, float] | None = None
+    batching: Batching
 
     @property
     def best(self) -> float:
@@ -223,12 +236,8 @@ def train_pair(arm: Arm, seed: int, options: argparse.Namespace) -> None:
         raise SystemExit(f"{'; '.join(failed)}; see the logs in {options.output_dir}")
 
 
-def last_epoch(run: Path) -> tuple[float, tuple[float, float] | None]:
-    """Returns tokens with padding over real ones in a run's last epoch, and for a re-ordered one the waiting.
-
-    That is the expert rows of the busiest of `RANKS` ranks over their mean, had its steps been shared out to so many,
-    as ordered and if shuffled. Order and counts are those that its last checkpoint holds.
-    """
+def batches_of(run: Path) -> Batching:
+    """Returns what a run's batches were like in its last epoch, by the order that its last checkpoint holds if any."""
     import numpy as np
 
     from smoe_train.assembly import build_batches, prepare_data, run_tokenizer
@@ -240,30 +249,26 @@ def last_epoch(run: Path) -> tuple[float, tuple[float, float] | None]:
     batches = build_batches(recipe, prepare_data(recipe, run_tokenizer(run)), 0, 1).train
     last = recipe.training.max_steps
     whole = range(batches.first_step_of(batches.epochs_of(last - 1)[-1]) + 1, last)
+    lengths_N = batches.samples.lengths()
+
+    def busiest(rows_N: Any) -> float:
+        shares = [rows_N[batches.blocks_of(step)].reshape(-1, RANKS).sum(axis=0) for step in whole]
+        return float(np.mean([share.max() / share.mean() for share in shares]))
+
     saved = read_extra(Checkpoint.open(find_checkpoint(run / CHECKPOINTS, "latest")), "sample_order/")
-    waiting = None
-    if saved and batches.global_batch_size % RANKS == 0:
+    rows = None
+    if saved:
         *hard_LN, tokens_N = saved["counted"].numpy().T
         # Some samples were seen twice since the epoch's order was made, so shares are taken and not counts.
-        rows_N = batches.samples.lengths() * (len(hard_LN) + np.sum(hard_LN, axis=0) / np.maximum(tokens_N, 1))
-
-        def busiest() -> float:
-            shares = [rows_N[batches.blocks_of(step)].reshape(-1, RANKS).sum(axis=0) for step in whole]
-            return float(np.mean([share.max() / share.mean() for share in shares]))
-
-        shuffled = busiest()
+        rows_N = lengths_N * (len(hard_LN) + np.sum(hard_LN, axis=0) / np.maximum(tokens_N, 1))
+        shuffled = busiest(rows_N)
         batches.orders = {int(saved["epoch"]): saved["order"].numpy()}
-        waiting = (busiest(), shuffled)
+        rows = (busiest(rows_N), shuffled)
     padded = sum(batch.input_ids_BS.numel() for step in whole for batch in batches[step])
-    return padded / sum(batches.tokens_of(step) for step in whole), waiting
+    return Batching(padded / sum(batches.tokens_of(step) for step in whole), busiest(lengths_N), rows)
 
 
-def course_of(
-    metrics: list[dict[str, Any]],
-    routing: list[dict[str, Any]],
-    padded: float,
-    waiting: tuple[float, float] | None = None,
-) -> Course:
+def course_of(metrics: list[dict[str, Any]], routing: list[dict[str, Any]], batching: Batching) -> Course:
     """Returns a run's course from the records of its journals."""
     rows: dict[int, float] = {}
     for record in routing:
@@ -275,8 +280,7 @@ def course_of(
         tuple((record["step"], record["loss"]) for record in metrics if record["split"] == "selection"),
         tuple(zip(steps, accumulate(rows[step] for step in steps), strict=True)),
         next(record["accuracy"] for record in metrics if record["split"] == "dev"),
-        padded,
-        waiting,
+        batching,
     )
 
 
@@ -290,7 +294,7 @@ def read_pair(arm: Arm, seed: int, options: argparse.Namespace) -> Pair:
             [json.loads(line) for line in (run / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()]
             for kind in ("metrics", "routing")
         )
-        return course_of(metrics, routing, *last_epoch(run))
+        return course_of(metrics, routing, batches_of(run))
 
     log = (options.output_dir / f"{names[1]}.log").read_text(encoding="utf-8")
     deviations = tuple((float(ordered), float(shuffled)) for _, ordered, shuffled in NOTE.findall(log))
@@ -327,31 +331,33 @@ def verdict(ratios: Sequence[float], noise: Sequence[float]) -> str:
     return "no gain beyond the noise"
 
 
+COSTS = {
+    "time to equal loss": "time_to_equal_loss",
+    "steps to it": "steps_to_equal_loss",
+    "expert rows to it": "expert_rows_to_equal_loss",
+    "time of the whole run": "time",
+    "its expert rows": "expert_rows",
+}
+
+
 def table(pairs: Sequence[Pair]) -> str:
-    """Returns the finished pairs as a Markdown table."""
+    """Returns the finished pairs as a Markdown table, an arm a column."""
     plain = {pair.seed: pair.plain for pair in reversed(pairs)}
     goal = statistics.median(run.best for run in plain.values())
     noise = [pair.ratios()["time_of_first_epoch"] for pair in pairs if pair.deviations]
-    lines = [
-        f"| arm | time to equal loss | | steps to it | expert rows to it | time of the whole run | its expert rows "
-        f"| padded / real tokens | lowest held-out loss | gets to {goal:.4f} | dev accuracy |",
-        "|" + "---|" * 11,
-        f"| {PLAIN} | 1 | | 1 | 1 | 1 | 1 | {_own(list(plain.values()), goal)} |",
-    ]
+    columns = {PLAIN: {**dict.fromkeys(COSTS, "1"), "which is": "", **_own(list(plain.values()), goal)}}
     for label in dict.fromkeys(pair.arm for pair in pairs):
         own = [pair for pair in pairs if pair.arm == label]
         ratios = [pair.ratios() for pair in own]
-
-        def ratio(name: str, ratios: list[dict[str, float]] = ratios) -> str:
-            return middle([one[name] for one in ratios])
-
-        cells = [
-            ratio("time_to_equal_loss"),
-            verdict([one["time_to_equal_loss"] for one in ratios], noise),
-            *map(ratio, ("steps_to_equal_loss", "expert_rows_to_equal_loss", "time", "expert_rows")),
-            _own([pair.run for pair in own], goal),
-        ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        columns[label] = {
+            **{name: middle([one[key] for one in ratios]) for name, key in COSTS.items()},
+            "which is": verdict([one["time_to_equal_loss"] for one in ratios], noise),
+            **_own([pair.run for pair in own], goal),
+        }
+    first, *others = COSTS
+    lines = [f"| | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    names = (first, "which is", *others, *_own(list(plain.values()), goal))
+    lines += [f"| {name} | {' | '.join(column[name] for column in columns.values())} |" for name in names]
     seeds = len({pair.seed for pair in pairs})
     lines += ["", f"Median over {seeds} seed{'s' if seeds > 1 else ''} (lowest to highest); ratios to the plain run."]
     if noise:
@@ -359,20 +365,24 @@ def table(pairs: Sequence[Pair]) -> str:
     for label in dict.fromkeys(pair.arm for pair in pairs if pair.deviations):
         own = [pair for pair in pairs if pair.arm == label]
         told = {"deviation of difficulty within a batch": [one for pair in own for one in pair.deviations]}
-        told[f"rows of the busiest of {RANKS} ranks over their mean"] = [p.run.waiting for p in own if p.run.waiting]
+        rows = [pair.run.batching.busiest_rows for pair in own]
+        told[f"expert rows of the busiest of {RANKS} ranks over their mean"] = [one for one in rows if one]
         for what, found in told.items():
             ordered, shuffled = (statistics.median(values) for values in zip(*found, strict=True))
             lines.append(f"{label}, {what}: {ordered:.4f}, {shuffled:.4f} if shuffled.")
     return "\n".join(lines) + "\n"
 
 
-def _own(runs: Sequence[Course], goal: float) -> str:
+def _own(runs: Sequence[Course], goal: float) -> dict[str, str]:
     reached = [steps for run in runs if (steps := run.steps_to(goal)) is not None]
     when = f", steps {middle(reached, 0)}" if reached else ""
-    return (
-        f"{middle([run.padded for run in runs])} | {middle([run.best for run in runs], 4)} "
-        f"| {len(reached)} of {len(runs)}{when} | {middle([run.dev_accuracy for run in runs], 3)}"
-    )
+    return {
+        "padded / real tokens": middle([run.batching.padded for run in runs]),
+        f"busiest of {RANKS} ranks / mean": middle([run.batching.busiest_tokens for run in runs]),
+        "lowest held-out loss": middle([run.best for run in runs], 4),
+        f"gets to {goal:.4f}": f"{len(reached)} of {len(runs)}{when}",
+        "dev accuracy": middle([run.dev_accuracy for run in runs], 3),
+    }
 
 
 def write(pairs: Sequence[Pair], output_dir: Path) -> str:
@@ -398,10 +408,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--initialise", type=Path, help="run or exported model to start from, instead of random weights"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-curriculum"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-curriculum"), help="one for each setting")
     options = parser.parse_args(arguments)
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first is in plain order in all arms")
+    if options.batch_size % RANKS:
+        parser.error(f"--batch-size must be a multiple of {RANKS}")
     options.cores = sorted(os.sched_getaffinity(0))[:2]
     if len(options.cores) < 2:
         parser.error("two cores are needed")

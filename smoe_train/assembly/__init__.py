@@ -6,6 +6,7 @@ from smoe_train.assembly.build import (
     build_trainer,
     expert_banks,
     open_journal,
+    pretrained_weights,
     run_tokenizer,
     start_process,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "identity",
     "open_journal",
     "prepare_data",
+    "pretrained_weights",
     "report_task",
     "require_kind",
     "run_tokenizer",

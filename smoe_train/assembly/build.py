@@ -41,7 +41,7 @@ from smoe_train.model import (
 )
 from smoe_train.model.expert_bank import BankFactory
 from smoe_train.parallel.topology import Topology
-from smoe_train.recipe import TOKENIZER, Recipe, find_pretrained
+from smoe_train.recipe import TOKENIZER, Pretrained, Recipe, find_pretrained, initial_checks
 from smoe_train.reporting import Journal
 from smoe_train.training.complexity import ComplexityRecorder, SampleOrder
 from smoe_train.training.engine import Engine, LocalEngine
@@ -83,8 +83,35 @@ def build_model(
     return SmoeForSequenceClassification(config, make_bank)
 
 
+def pretrained_weights(recipe: Recipe, tokenizer: str) -> Pretrained | None:
+    """Returns what lies at ``initialise.path``, if the recipe names it, without reading weights.
+
+    Args:
+        recipe: Names the weights.
+        tokenizer: Fingerprint of the run's tokenizer.
+
+    Raises:
+        CheckpointError: There are none, or they belong to another tokenizer.
+        RecipeError: The recipe describes another model; the resolved recipe of a run is not compared when it is read.
+    """
+    section = recipe.initialise
+    if section.path is None:
+        return None
+    found = find_pretrained(section.path, section.checkpoint)
+    problems = [Problem(recipe.name, key, message) for key, message, _ in initial_checks(recipe, found.model)]
+    if problems:
+        raise RecipeError(problems)
+    theirs = load_tokenizer(found.tokenizer).fingerprint
+    if theirs != tokenizer:
+        raise CheckpointError(
+            f"{found.folder}: was trained with another tokenizer (fingerprint {theirs[:16]}) than this run's "
+            f"({tokenizer[:16]}), so its embeddings mean other tokens; leave the tokenizer out of the recipe"
+        )
+    return found
+
+
 def load_pretrained(model: SmoePreTrainedModel, recipe: Recipe, tokenizer: str) -> None:
-    """Loads the weights at ``initialise.path`` into a model, if the recipe names any.
+    """Loads what `pretrained_weights` finds, if anything, into a model.
 
     Args:
         model: As built.
@@ -93,17 +120,11 @@ def load_pretrained(model: SmoePreTrainedModel, recipe: Recipe, tokenizer: str) 
 
     Raises:
         CheckpointError: There are none, or they belong to another model or another tokenizer.
+        RecipeError: The recipe describes another model.
     """
-    section = recipe.initialise
-    if section.path is None:
+    found = pretrained_weights(recipe, tokenizer)
+    if found is None:
         return
-    found = find_pretrained(section.path, section.checkpoint)
-    theirs = load_tokenizer(found.tokenizer).fingerprint
-    if theirs != tokenizer:
-        raise CheckpointError(
-            f"{found.folder}: was trained with another tokenizer (fingerprint {theirs[:16]}) than this run's "
-            f"({tokenizer[:16]}), so its embeddings mean other tokens; leave the tokenizer out of the recipe"
-        )
     weights: Weights
     if found.is_checkpoint:
         checkpoint = Checkpoint.open(found.folder)
@@ -111,7 +132,7 @@ def load_pretrained(model: SmoePreTrainedModel, recipe: Recipe, tokenizer: str) 
         weights = CheckpointWeights(checkpoint)
     else:
         weights = ExportedWeights(found.folder)
-    load_initial(model, weights, section.router == "new")
+    load_initial(model, weights, recipe.initialise.router == "new")
 
 
 def expert_banks(recipe: Recipe, process: Process) -> BankFactory:

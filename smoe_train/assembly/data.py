@@ -189,10 +189,17 @@ def text_figures(store: TokenStore, split: SplitName) -> TextFigures:
 
 def identity(recipe: Recipe, store: AnyStore) -> dict[str, Any]:
     """Returns by key everything that a checkpoint must agree on to be resumed."""
-    sums, packs = store.checksums(), getattr(recipe.task, "packing", "blocks") != "blocks"
+    sums = store.checksums()
+    more: dict[str, str] = {}
+    if isinstance(store, ExampleStore):
+        files = store.record.splits["train"]
+        more["data (sha256 of its training labels)"] = files.labels.sha256
+        more["data (sha256 of the places where its training texts end)"] = files.offsets.sha256
+    elif getattr(recipe.task, "packing", "blocks") != "blocks":
+        more["data (digest of its texts and documents)"] = sums["corpus"]
     return {
         **recipe.identity(),
-        **({"data (digest of its texts and documents)": sums["corpus"]} if packs else {}),
+        **more,
         "data (sha256 of its training tokens)": sums["train"],
         "tokenizer (fingerprint)": sums["tokenizer"],
     }

@@ -20,7 +20,7 @@ from smoe_train.evaluation.metrics import constant_baseline
 from smoe_train.evaluation.predictions import predictions_file, write_predictions
 from smoe_train.evaluation.results import SplitResult, TaskResult
 from smoe_train.model import LocalExpertBank, RankReduction, SmoePreTrainedModel
-from smoe_train.recipe import TOKENIZER, Recipe
+from smoe_train.recipe import Recipe, tokenizer_of
 from smoe_train.schedules import Knobs
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ def checkpoint_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Returns the tokenizer that a checkpoint's model was trained with.
 
     Raises:
+        CheckpointError: It has none.
         DataError: It is damaged.
     """
-    return load_tokenizer(checkpoint.path / TOKENIZER)
+    return load_tokenizer(tokenizer_of(checkpoint.path))
 
 
 def checkpoint_task(checkpoint: Checkpoint) -> TaskInfo | None:

@@ -122,6 +122,8 @@ def load_initial(model: SmoePreTrainedModel, weights: Weights, new_routers: bool
             for name, buffer in saved_buffers(model):
                 if not stays_new(name):
                     buffer.copy_(weights.buffer(name))
+        for router in model.routers().values():
+            router.begin_anew()
     except CheckpointError as error:
         if not new_routers and any(name in str(error) for name in routers):
             raise CheckpointError(f"{error}; initialise.router=new starts with new routers") from error

@@ -17,7 +17,6 @@ from smoe_train.errors import CheckpointError, DataError, LaunchError, RecipeErr
 from smoe_train.evaluation.results import RESULTS
 from smoe_train.recipe import RECIPE, TOKENIZER, Recipe, flat, load_recipe
 from smoe_train.reporting import METRICS, ROUTING, check_sinks
-from smoe_train.training.task_config import SequenceClassificationConfig
 
 if TYPE_CHECKING:
     from smoe_train.assembly import AnyStore
@@ -34,6 +33,7 @@ class Start:
         abandoned: Checkpoints of this run that are later than that one: another future, set aside.
         changes: Settings that differ from those it was started with.
         tokenizer: The tokenizer of its data.
+        reports: Whether its best checkpoint is evaluated at the end.
     """
 
     recipe: Recipe
@@ -42,14 +42,14 @@ class Start:
     abandoned: tuple[Path, ...]
     changes: tuple[str, ...]
     tokenizer: Tokenizer
+    reports: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether there is no step left to train, and nothing to report."""
         if self.checkpoint is None or self.checkpoint.step < self.recipe.training.max_steps:
             return False
-        reports = isinstance(self.recipe.task, SequenceClassificationConfig)
-        return not reports or (self.run_folder / RESULTS).is_file()
+        return not self.reports or (self.run_folder / RESULTS).is_file()
 
     def nothing_to_do(self) -> str:
         """Returns what to tell about a finished run."""
@@ -72,7 +72,7 @@ def decide(recipe: Recipe, run_folder: Path, resume: str, world_size: int) -> St
     Raises:
         SmoeError: Data, checkpoint, recipe and run folder do not fit together.
     """
-    from smoe_train.assembly import build_batches, check_identity
+    from smoe_train.assembly import build_batches, check_identity, pretrained_weights
 
     if resume == "never" and (run_folder / RECIPE).exists():
         raise LaunchError(
@@ -84,11 +84,14 @@ def decide(recipe: Recipe, run_folder: Path, resume: str, world_size: int) -> St
     tokenizer = store.tokenizer()
     build_batches(recipe, store, 0, world_size)
     if checkpoint is None:
+        pretrained_weights(recipe, tokenizer.fingerprint)
         return Start(recipe, run_folder, None, (), (), tokenizer)
     check_identity(recipe, store, checkpoint)
     kept = store_of(run_folder)
     abandoned = tuple(kept.later_than(checkpoint.step)) if resume != "auto" and kept.holds(checkpoint) else ()
-    return Start(recipe, run_folder, checkpoint, abandoned, _changes(recipe, run_folder), tokenizer)
+    # Another run's last checkpoint leaves nothing to train here, and so no best checkpoint to evaluate.
+    reports = isinstance(store, ExampleStore) and len(store.splits) > 1 and kept.holds(checkpoint)
+    return Start(recipe, run_folder, checkpoint, abandoned, _changes(recipe, run_folder), tokenizer, reports)
 
 
 def begin(start: Start) -> None:
@@ -104,6 +107,8 @@ def begin(start: Start) -> None:
         _keep_records(start.run_folder)
     create(start.run_folder, start.recipe, keep_old=bool(start.changes))
     try:
+        # They are of a shorter training: without new ones, the run would pass for finished.
+        (start.run_folder / RESULTS).unlink(missing_ok=True)
         save_tokenizer(start.tokenizer, start.run_folder / TOKENIZER)
     except OSError as error:
         raise LaunchError(f"{start.run_folder}: cannot be written: {error.strerror}") from error

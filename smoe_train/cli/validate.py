@@ -13,6 +13,7 @@ from rich.table import Table
 from smoe_train.parallel.footprint import Footprint, contest_bytes, footprint
 from smoe_train.parallel.topology import Topology, valid_expert_parallel_sizes
 from smoe_train.recipe import Recipe, load_recipe
+from smoe_train.training.task_config import LanguageModellingConfig
 
 # The self-test of `validate` runs here alone; a run itself tests its own topology.
 ONE_PROCESS = (
@@ -80,7 +81,9 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
 
     training, moe, parallel = recipe.training, recipe.model.moe, recipe.parallel
     config = SmoeConfig.create(recipe.model, vocab_size_of(recipe), training.sequence_length, recipe.seed)
-    counts = census(config)
+    language_model = isinstance(recipe.task, LanguageModellingConfig)
+    counts = census(config, recipe.initialise.freeze, language_model)
+    frozen_experts = counts.experts if "experts" in recipe.initialise.freeze else 0
     layers = recipe.model.moe_layers()
     topology = Topology.create(nproc, parallel.expert_parallel_size, moe.num_experts)
     k_values = recipe.schedule().top_k_values()
@@ -90,9 +93,9 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
     cost: Footprint = footprint(
         parallel,
         nproc,
-        counts.experts,
-        counts.trainable - counts.experts,
-        counts.frozen,
+        counts.experts - frozen_experts,
+        counts.trainable - (counts.experts - frozen_experts),
+        counts.frozen - frozen_experts + frozen_experts // parallel.expert_parallel_size,
         tokens,
         recipe.model.d_model,
         len(layers),
@@ -114,7 +117,9 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
         "tokens_per_step": training.global_batch_size * training.sequence_length,
         "accumulation_steps": training.global_batch_size // (training.micro_batch_size * nproc),
         "top_k_in_training": sorted(k_values),
-        "forward_flops_per_token": {k: forward_flops(config, k, training.sequence_length) for k in visited},
+        "forward_flops_per_token": {
+            k: forward_flops(config, k, training.sequence_length, language_model) for k in visited
+        },
         "curriculum": recipe.schedule().outline(),
         "bytes_per_rank": {**cost.to_json(), **contest},
     }

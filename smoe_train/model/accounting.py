@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from smoe_train.model.causal_lm import SmoeForCausalLM
 from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.model.smoe_config import SmoeConfig
+from smoe_train.model.transformer import SmoeModel
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class ParameterCensus:
         total: All parameters; tied embeddings count once.
         active: Those that one token uses: everything but the experts it does not visit.
         trainable: Those that are trained.
-        frozen: Those that are not (HyperRouter's hypernetworks, random routers).
+        frozen: Those that are not (HyperRouter's hypernetworks, random routers, what the recipe freezes).
         experts: Those in experts.
         routers: Those in routers.
     """
@@ -36,11 +38,18 @@ class ParameterCensus:
         return asdict(self)
 
 
-def census(config: SmoeConfig) -> ParameterCensus:
-    """Counts the parameters of a configuration on torch's meta device."""
+def census(config: SmoeConfig, freeze: Iterable[str] = (), language_model: bool = True) -> ParameterCensus:
+    """Counts the parameters of a configuration on torch's meta device.
+
+    Args:
+        config: The architecture.
+        freeze: Parts that are not trained; see `SmoePreTrainedModel.freeze`.
+        language_model: Whether to count a language model's head; that of a classifier is too small to count.
+    """
     with torch.device("meta"):
-        model = SmoeForCausalLM(config)
+        model = SmoeForCausalLM(config) if language_model else SmoeModel(config)
     model.tie_weights()
+    model.freeze(freeze)
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
     total = sum(parameter.numel() for parameter in parameters)
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
@@ -55,7 +64,9 @@ def census(config: SmoeConfig) -> ParameterCensus:
     return ParameterCensus(total, total - idle, total - frozen, frozen, experts, routers)
 
 
-def forward_flops(config: SmoeConfig, experts_per_token: float, sequence_length: int) -> float:
+def forward_flops(
+    config: SmoeConfig, experts_per_token: float, sequence_length: int, language_model: bool = True
+) -> float:
     """Returns the FLOPs of a forward pass for one token: two for each multiplication in a matrix product.
 
     It is linear in the experts: with a share f of tokens that visit two experts and the rest one,
@@ -65,6 +76,7 @@ def forward_flops(config: SmoeConfig, experts_per_token: float, sequence_length:
         config: The architecture.
         experts_per_token: Mean over tokens and MoE layers, ``experts_per_token`` of routing.jsonl.
         sequence_length: Attention is counted over all of it, as if no position were masked.
+        language_model: Whether each token has logits; a classifier has a few for a whole sequence, which do not count.
     """
     width, moe_layers = config.d_model, len(config.moe_layers)
     matrices = 3 if config.feed_forward == "swiglu" else 2
@@ -72,5 +84,5 @@ def forward_flops(config: SmoeConfig, experts_per_token: float, sequence_length:
     dense = matrices * width * config.d_ff
     # A router is counted as one linear layer; what a hypernetwork generates is generated once a pass.
     moe = width * config.num_experts + experts_per_token * matrices * width * config.d_ff_expert
-    head = width * config.vocab_size
+    head = width * config.vocab_size if language_model else 0
     return 2.0 * (config.num_layers * attention + (config.num_layers - moe_layers) * dense + moe_layers * moe + head)

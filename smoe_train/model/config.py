@@ -69,15 +69,18 @@ class ModelConfig(StrictModel):
         """Returns the indices of the MoE layers in order."""
         return tuple(range(self.num_layers)) if self.moe.layers == "all" else tuple(sorted(self.moe.layers))
 
-    def problems(self, top_k_values: frozenset[int], max_steps: int, causal: bool = True) -> list[tuple[str, str]]:
+    def problems(
+        self, top_k_values: frozenset[int], max_steps: int, causal: bool = True, loaded: bool = False
+    ) -> list[tuple[str, str]]:
         """Returns (key, message) for settings that contradict each other or have no effect.
 
         Args:
             top_k_values: Every k that training will use.
             max_steps: Optimizer steps of training.
             causal: Whether tokens must not depend on later ones.
+            loaded: Whether routers begin with the weights of another training.
         """
-        return [*self._shape_problems(), *self._moe_problems(top_k_values, max_steps, causal)]
+        return [*self._shape_problems(), *self._moe_problems(top_k_values, max_steps, causal, loaded)]
 
     def _shape_problems(self) -> list[tuple[str, str]]:
         found = []
@@ -92,7 +95,9 @@ class ModelConfig(StrictModel):
             found.append(("d_ff", "has no effect when every layer is MoE; set moe.d_ff, or choose moe.layers"))
         return found
 
-    def _moe_problems(self, top_k_values: frozenset[int], max_steps: int, causal: bool) -> list[tuple[str, str]]:
+    def _moe_problems(
+        self, top_k_values: frozenset[int], max_steps: int, causal: bool, loaded: bool
+    ) -> list[tuple[str, str]]:
         moe, found = self.moe, []
         layers = self.moe_layers()
         if any(not 0 <= layer < self.num_layers for layer in layers) or len(set(layers)) < len(layers):
@@ -103,7 +108,7 @@ class ModelConfig(StrictModel):
         if too_many:
             key = "moe.top_k" if moe.top_k in too_many else "moe.num_experts"
             found.append((key, f"k = {too_many[-1]} exceeds num_experts {moe.num_experts}"))
-        plan = RouterPlan(top_k_values, moe.num_experts, max_steps, causal)
+        plan = RouterPlan(top_k_values, moe.num_experts, max_steps, causal, loaded)
         found.extend(("moe.router", problem) for problem in moe.router.problems(plan))
         available = ROUTERS.get(moe.router.type).router.losses_of(moe.router)
         for loss, coefficient in (("load_balance_loss", "load_balance_coefficient"), ("z_loss", "z_loss_coefficient")):

@@ -114,9 +114,12 @@ class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def freeze(self, parts: Iterable[str]) -> None:
         """Excludes parts from training: ``router`` (which then adapts no more either), ``experts``, ``embeddings``."""
         self.frozen_parts = self.frozen_parts | set(parts)
+        part = {Router: "router", StackedExperts: "experts", nn.Embedding: "embeddings"}
+        # An embedding inside a router is the router's.
+        of_routers = {id(below) for router in self.routers().values() for below in router.modules() if below != router}
         for module in self.modules():
-            part = {Router: "router", StackedExperts: "experts", nn.Embedding: "embeddings"}
-            if any(isinstance(module, kind) and name in self.frozen_parts for kind, name in part.items()):
+            kinds = {name for kind, name in part.items() if isinstance(module, kind) and id(module) not in of_routers}
+            if kinds & self.frozen_parts:
                 module.requires_grad_(False)
 
     def recompute_activations(self, enabled: bool = True) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from smoe_train.data import SOURCES
 from smoe_train.parallel.topology import parallel_problems, topology_problem
+from smoe_train.recipe.pretrained import options_of_training
 from smoe_train.recipe.recipe import Recipe, changeable, flat
 from smoe_train.registry import suggest
 from smoe_train.routing import ROUTERS
@@ -26,10 +27,13 @@ def initial_checks(recipe: Recipe, model: Mapping[str, Any]) -> Found:
     ours, theirs = flat(recipe.model.model_dump(mode="json")), flat({"model": model})
     named = ("initialise.path",)
     new_router = recipe.initialise.router == "new"
+    router = recipe.model.moe.router.model_dump(mode="json")
+    free = {f"model.moe.router.{name}" for name in options_of_training(router)}
+    free |= {"model.max_sequence_length"} if recipe.model.positions == "rotary" else set()
     for name, value in ours.items():
         key = f"model.{name}"
-        free = changeable(key) or (key == "model.max_sequence_length" and recipe.model.positions == "rotary")
-        if free or (new_router and key.startswith("model.moe.router.")) or theirs.get(key, value) == value:
+        may_differ = changeable(key) or key in free or (new_router and key.startswith("model.moe.router."))
+        if may_differ or theirs.get(key, value) == value:
             continue
         message = f"{value!r}, but the weights of initialise.path belong to a model with {theirs[key]!r}; leave it out"
         if key.startswith("model.moe.router."):
@@ -47,7 +51,7 @@ def cross_check(recipe: Recipe, world_size: int | None) -> Found:
     k_values = frozenset(k for k in recipe.schedule().top_k_values() if k <= model.moe.num_experts)
     found += [
         (f"model.{key}", message, shape_keys)
-        for key, message in model.problems(k_values, training.max_steps, recipe.causal())
+        for key, message in model.problems(k_values, training.max_steps, recipe.causal(), recipe.loads_routers())
     ]
     found += _curriculum_checks(recipe) + _task_checks(recipe)
     longest = model.max_sequence_length
@@ -85,6 +89,10 @@ def _task_checks(recipe: Recipe) -> Found:
         if recipe.evaluation.max_tokens is not None:
             message = "has no effect on classification; use task.selection_examples"
             found.append(("evaluation.max_tokens", message, ("task.type",)))
+        default = SequenceClassificationConfig.model_fields["length_window"].default
+        if recipe.curriculum.order is not None and task.length_window not in (1, default):
+            message = "has no effect: curriculum.order says which examples stand together; leave it out"
+            found.append(("task.length_window", message, ("curriculum.order",)))
     if initialise.path is None and (initialise.router, initialise.checkpoint) != ("load", "best"):
         found.append(
             ("initialise.path", "is missing: checkpoint and router say what to take from there", ("initialise",))
@@ -92,6 +100,8 @@ def _task_checks(recipe: Recipe) -> Found:
     idle = [part for part in initialise.freeze if part != "embeddings" and not layers]
     if idle:
         found.append(("initialise.freeze", f"{', '.join(idle)}: the model has no MoE layer", ("model.moe.layers",)))
+    if initialise.router == "new" and not layers:
+        found.append(("initialise.router", "has no effect: the model has no MoE layer", ("model.moe.layers",)))
     return found
 
 

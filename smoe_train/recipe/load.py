@@ -55,8 +55,10 @@ def check_recipe(
     """Turns merged values into a recipe; see `load_recipe`."""
     values = layered.values if "name" in layered.values else {**layered.values, "name": default_name}
     if pretrained is not None:
-        inherited = {"model": pretrained.model, "tokenizer": {"type": "saved", "path": str(pretrained.tokenizer)}}
-        values = merge(inherited, values)
+        initialise = values.get("initialise")
+        new_routers = isinstance(initialise, Mapping) and initialise.get("router") == "new"
+        tokenizer = {"type": "saved", "path": str(pretrained.tokenizer)}
+        values = merge({"model": pretrained.inherited_model(new_routers), "tokenizer": tokenizer}, values)
     layered = Layered(values, layered.origins, layered.source)
     recipe, problems, dropped = build(Recipe, layered)
     if recipe is not None:

@@ -12,6 +12,7 @@ from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST, find_checkpoint
 from smoe_train.config import read_layers
 from smoe_train.errors import CheckpointError, RecipeError
 from smoe_train.model.config import section_of
+from smoe_train.routing import ROUTERS
 
 RECIPE = "recipe.yaml"  # in a run folder, resolved
 TOKENIZER = "tokenizer"  # in run folders, checkpoints and exported folders
@@ -32,10 +33,52 @@ class Pretrained:
     is_checkpoint: bool
     model: Mapping[str, Any]
 
+    def inherited_model(self, new_routers: bool) -> dict[str, Any]:
+        """Returns the model section of a run that starts from the weights, without what spoke of their training.
+
+        Args:
+            new_routers: Whether their routers are not loaded; such options then have their defaults.
+        """
+        moe = dict(self.model.get("moe") or {})
+        router = moe.get("router")
+        if not isinstance(router, Mapping):
+            return dict(self.model)
+        return {**self.model, "moe": {**moe, "router": _carried_on(router, new_routers)}}
+
     @property
     def tokenizer(self) -> Path:
         """The folder of its tokenizer."""
         return self.folder / TOKENIZER
+
+
+def options_of_training(router: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a router that speak of one training, by dotted name; see `RouterConfig.when_loaded`."""
+    name, base = str(router.get("type")), router.get("base")
+    found = dict(ROUTERS.get(name).config.when_loaded) if name in ROUTERS.names() else {}
+    below = options_of_training(base) if isinstance(base, Mapping) else {}
+    return found | {f"base.{key}": value for key, value in below.items()}
+
+
+def _carried_on(router: Mapping[str, Any], new: bool) -> dict[str, Any]:
+    own = {name: value for name, value in options_of_training(router).items() if "." not in name}
+    found = {name: value for name, value in router.items() if name not in own} | ({} if new else own)
+    base = router.get("base")
+    return found | ({"base": _carried_on(base, new)} if isinstance(base, Mapping) else {})
+
+
+def tokenizer_of(checkpoint: Path) -> Path:
+    """Returns the folder of a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    folder = checkpoint / TOKENIZER
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: holds no tokenizer; it is damaged, or of an earlier version, which kept none: resume its "
+            "run for a step more, whose checkpoint will hold one"
+        )
+    return folder
 
 
 def find_pretrained(path: Path, which: str) -> Pretrained:
@@ -50,9 +93,12 @@ def find_pretrained(path: Path, which: str) -> Pretrained:
     """
     path = path.expanduser()
     if (path / MANIFEST).is_file():
+        tokenizer_of(path)
         return Pretrained(path, True, _model_of_run(path.resolve().parent.parent))
     if (path / RECIPE).is_file():
-        return Pretrained(find_checkpoint(path / CHECKPOINTS, which), True, _model_of_run(path))
+        checkpoint = find_checkpoint(path / CHECKPOINTS, which)
+        tokenizer_of(checkpoint)
+        return Pretrained(checkpoint, True, _model_of_run(path))
     if (path / EXPORTED_CONFIG).is_file():
         return Pretrained(path, False, _model_of_export(path / EXPORTED_CONFIG))
     raise CheckpointError(

@@ -92,6 +92,10 @@ class Recipe(StrictModel):
         """Returns whether a token must not depend on later ones."""
         return not isinstance(self.task, SequenceClassificationConfig) or self.task.attention == "causal"
 
+    def loads_routers(self) -> bool:
+        """Returns whether routers begin with the weights of another training."""
+        return self.initialise.path is not None and self.initialise.router == "load"
+
     def to_yaml(self) -> str:
         """Returns the resolved recipe as YAML that loads to the same recipe."""
         # OmegaConf's dumper, unlike yaml's, quotes texts that its loader would take for numbers ("1e5").

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,16 +26,25 @@ class RouterPlan:
         num_experts: E.
         max_steps: Optimizer steps of training.
         causal: Whether tokens must not depend on later ones.
+        loaded: Whether the router begins with the weights of another training.
     """
 
     top_k_values: frozenset[int]
     num_experts: int
     max_steps: int
     causal: bool = True
+    loaded: bool = False
 
 
 class RouterConfig(StrictModel):
-    """Options of one routing policy; subclasses add a ``type`` literal, the tag of the recipe's union."""
+    """Options of one routing policy; subclasses add a ``type`` literal, the tag of the recipe's union.
+
+    Attributes:
+        when_loaded: Options that speak of one training rather than of the weights, by name, with their values in a run
+            that loads the router of another; it may set them otherwise.
+    """
+
+    when_loaded: ClassVar[Mapping[str, Any]] = {}
 
     type: str
 

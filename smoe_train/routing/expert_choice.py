@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ NEVER = -1.0  # below every probability
 
 class ExpertChoiceConfig(RouterConfig):
     """Options of expert choice; k is the mean number of experts a token, the paper's capacity factor."""
+
+    when_loaded: ClassVar[Mapping[str, Any]] = {"allow_future_leak": False}
 
     type: Literal["expert_choice"] = "expert_choice"
     group: Literal["sequence", "micro_batch"] = "sequence"

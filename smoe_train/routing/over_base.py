@@ -103,6 +103,10 @@ class RouterOverBase(Router):
         """Those of the base."""
         return self.base.late_frozen()
 
+    def begin_anew(self) -> None:
+        """As the base."""
+        self.base.begin_anew()
+
     def frozen(self, step: int) -> bool:
         """As the base."""
         return self.base.frozen(step)

@@ -145,6 +145,9 @@ class Router(nn.Module, ABC):
         """Returns whether `late_frozen` is frozen in an optimizer step: not a bit of it changes then."""
         return False
 
+    def begin_anew(self) -> None:
+        """Called once the weights of another training are loaded: what counts steps of a training begins at 0."""
+
     def adapts(self) -> bool:
         """Returns whether `after_step` does anything; the sums over ranks that it is given cost a reduction a step."""
         return type(self).after_step is not Router.after_step

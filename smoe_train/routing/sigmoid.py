@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from smoe_train.routing.selection import combination_weights, router_dtype, sele
 
 class SigmoidConfig(RouterConfig):
     """Options of the sigmoid router with a balancing bias."""
+
+    when_loaded: ClassVar[Mapping[str, Any]] = {"bias_frozen_after_steps": None}
 
     type: Literal["sigmoid"] = "sigmoid"
     normalise: bool = True
@@ -116,6 +118,10 @@ class SigmoidRouter(Router):
     def losses(self, assignment: Assignment, context: Context) -> dict[str, Tensor]:
         """Returns the load-balance loss of the normalised scores; switch it off to balance by the bias alone."""
         return {"load_balance_loss": load_balance_loss(assignment, context)}
+
+    def begin_anew(self) -> None:
+        """Keeps the bias, which may move again."""
+        self.bias_updates.zero_()
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Moves the bias towards the experts that had too few slots in the step."""

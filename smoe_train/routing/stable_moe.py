@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,13 @@ LOOKS_BACK: dict[DistilledKind, int] = {"word": 0, "bigram": 1, "convolution": C
 class StableMoeConfig(RouterConfig):
     """Options of StableMoE."""
 
+    when_loaded: ClassVar[Mapping[str, Any]] = {"stage_1_steps": 0}
+
     type: Literal["stable_moe"] = "stable_moe"
-    stage_1_steps: int = Field(6000, ge=1)
+    stage_1_steps: int = Field(6000, ge=0)
     """Optimizer steps in which the routing is learned and distilled; from then on the distilled router decides and is
-    frozen. An absolute number (the paper: 6000 of 60000 steps), so that a longer training does not move the switch."""
+    frozen. An absolute number (the paper: 6000 of 60000 steps), so that a longer training does not move the switch. 0,
+    which a run takes up with the pretrained router it loads, keeps to the distilled router from the start."""
     distilled: DistilledKind = "word"
     """What the distilled router sees: the token (``word``), the mean of the token and the one before (``bigram``), or
     the last five tokens (``convolution``). With a tokenizer of bytes, ``word`` is a table of 256 rows."""
@@ -44,7 +48,12 @@ class StableMoeConfig(RouterConfig):
     tokens where this is a mean, as is the task loss beside it."""
 
     def problems(self, plan: RouterPlan) -> list[str]:
-        """A run that never reaches stage 2 trains another method."""
+        """A run that never reaches stage 2 trains another method; one without stage 1 needs what that learns."""
+        if self.stage_1_steps == 0 and not plan.loaded:
+            return [
+                "stage_1_steps: 0 keeps to the distilled router, which nothing has trained: it needs a loaded one, "
+                "by initialise.path with initialise.router: load"
+            ]
         if self.stage_1_steps < plan.max_steps:
             return []
         return [

@@ -33,7 +33,8 @@ class SequenceClassificationConfig(StrictModel):
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Dropout on that vector in training."""
     length_window: int = Field(16, ge=1)
-    """Batches whose examples are sorted by length among each other, so that little is padded; 1 sorts nothing."""
+    """Batches whose examples are sorted by length among each other, so that little is padded; 1 sorts nothing. It rests
+    where curriculum.order says which examples stand together."""
     selection_fraction: float = Field(0.1, gt=0.0, lt=1.0)
     """Share of the training examples that are not trained on but choose the best checkpoint (by a hash of their place):
     the dev split is evaluated once, at the end."""
@@ -55,4 +56,5 @@ class InitialiseConfig(StrictModel):
     router: Literal["load", "new"] = "load"
     """Whether routers are loaded too, or start anew, as they must where the routing policy is another one."""
     freeze: tuple[FreezablePart, ...] = ()
-    """Parts that are not trained: ``router``, ``experts``, ``embeddings``."""
+    """Parts that are not trained: ``router``, ``experts``, ``embeddings`` (and a language model's head that is tied to
+    them)."""

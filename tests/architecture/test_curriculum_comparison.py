@@ -34,7 +34,7 @@ def recipe_of(script, overrides, options):
 
 
 def course(script, seconds, held_out, rows, dev=0.8):
-    return script.Course(tuple(seconds), tuple(held_out), tuple(rows), dev, 1.5, (1.1, 1.3))
+    return script.Course(tuple(seconds), tuple(held_out), tuple(rows), dev, script.Batching(1.5, 1.4, (1.1, 1.3)))
 
 
 @pytest.fixture
@@ -126,8 +126,8 @@ def test_rows_are_summed_over_layers_and_readings(script):
         {"step": 2, "split": "selection", "loss": 0.6, "accuracy": 0.7},
         {"step": 2, "split": "dev", "accuracy": 0.75},
     ]
-    found = script.course_of(metrics, routing, 1.5)
-    assert found == script.Course((0.5, 0.25), ((2, 0.6),), ((5, 35.0), (10, 57.0)), 0.75, 1.5)
+    found = script.course_of(metrics, routing, script.Batching(1.5, 1.4))
+    assert found == script.Course((0.5, 0.25), ((2, 0.6),), ((5, 35.0), (10, 57.0)), 0.75, script.Batching(1.5, 1.4))
 
 
 def test_table(script, pair):
@@ -136,9 +136,10 @@ def test_table(script, pair):
     run = course(script, [1.0] * 8, [(2, 0.7), (4, 0.6), (6, 0.41)], [(2, 40), (4, 80), (6, 120), (8, 160)], 0.9)
     second = script.Pair("easy", 2, plain, run, 2, ((0.03, 0.04),))
     text = script.table([pair, second])
-    assert "gets to 0.4300" in text
-    assert "| easy | 0.83 (0.67 to 1.00) | no gain beyond the noise | 0.83 (0.67 to 1.00) |" in text
-    assert text.count("| 1 of 2, steps 6 | 0.850 (0.800 to 0.900) |") == 2
+    assert "| | plain | easy |\n" in text
+    assert "| time to equal loss | 1 | 0.83 (0.67 to 1.00) |\n| which is |  | no gain beyond the noise |\n" in text
+    assert "| gets to 0.4300 | 1 of 2, steps 6 | 1 of 2, steps 6 |\n" in text
+    assert "| dev accuracy | 0.850 (0.800 to 0.900) | 0.850 (0.800 to 0.900) |\n" in text
     assert "Time of the first epoch, which is the same in both orders: 1.05 (1.00 to 1.10)." in text
     assert "easy, deviation of difficulty within a batch: 0.0200, 0.0400 if shuffled." in text
-    assert "easy, rows of the busiest of 8 ranks over their mean: 1.1000, 1.3000 if shuffled." in text
+    assert "easy, expert rows of the busiest of 8 ranks over their mean: 1.1000, 1.3000 if shuffled." in text

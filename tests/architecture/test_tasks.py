@@ -8,7 +8,7 @@ from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST
 from smoe_train.data import SOURCES, build_source
 from smoe_train.data.reading.glue_tasks import GLUE_TASKS
 from smoe_train.errors import RecipeError
-from smoe_train.recipe import RECIPE, load_recipe, recipe_folder
+from smoe_train.recipe import RECIPE, TOKENIZER, load_recipe, recipe_folder
 from smoe_train.routing import ROUTERS
 
 GLUE = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -24,6 +24,7 @@ def pretrained(tmp_path_factory):
     checkpoint = folder / CHECKPOINTS / "step-00000800"
     checkpoint.mkdir(parents=True)
     (checkpoint / MANIFEST).touch()
+    (checkpoint / TOKENIZER).mkdir()
     (folder / CHECKPOINTS / "best").write_text(checkpoint.name)
     (folder / RECIPE).write_text(load_recipe("wikitext2/sentencepiece").to_yaml())
     return folder

@@ -1,6 +1,7 @@
 """The sigmoid router: a bias that balances the loads, decides selection alone, and survives bf16."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from support.naive_sigmoid import naive_sigmoid
 from support.router_cases import NUM_EXPERTS, RouterCase, assign, context, run, tokens
 from support.small_model import small_model, text
 
+from smoe_train.checkpoint import load_initial
 from smoe_train.model import SmoeForCausalLM
 from smoe_train.routing import Context, RouterPlan
 from smoe_train.routing.sigmoid import SigmoidConfig
@@ -194,6 +196,21 @@ def test_nothing_but_after_step_moves_the_bias():
     run(layer, tokens(), Context(step=9, layer=0, top_k=1, training=False))
     assert not layer.router.bias_bits_E.any()
     assert int(layer.router.bias_updates) == 0
+
+
+def test_a_loaded_bias_stays_and_its_steps_are_counted_anew():
+    model = small_model(router={"type": "sigmoid"}, moe_layers=[0, 1])
+    saved = model.state_dict()
+    for router in model.routers().values():
+        router.selection_bias.copy_(torch.tensor(BIAS[:4]))
+        router.bias_updates.fill_(900)
+    weights = SimpleNamespace(
+        parameter=lambda name, parameter, owner: saved[name].clone(), buffer=lambda name: saved[name].clone()
+    )
+    load_initial(model, weights)
+    for router in model.routers().values():
+        assert torch.equal(router.selection_bias, torch.tensor(BIAS[:4]))
+        assert int(router.bias_updates) == 0
 
 
 def test_impossible_and_idle_options():

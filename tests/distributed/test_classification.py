@@ -76,3 +76,15 @@ def test_frozen_parts_stay_what_they_are(parts, tmp_path):
         assert own, part
         same = [expected["weights"][name].equal(start["weights"][name]) for name in own]
         assert all(same) if part in parts else not all(same), part
+
+
+@pytest.mark.parametrize(("zero_stage", "expert_parallel_size"), [(0, 2), (2, 1)])
+def test_frozen_experts_under_other_stages_of_zero(zero_stage, expert_parallel_size, tmp_path):
+    """With clipping, whose norm must be over what is trained alone."""
+    found = sections(write_examples(tmp_path / "examples"), "adaptive")
+    found["initialise"] = {"freeze": ["experts"]}
+    found["training"] = {"gradient_clipping": 0.5}
+    expected = train(recipe_for(tmp_path, 1, {"engine": "local"}, **found))
+    assert max(expected["norms"]) > 0.5, "there is something to clip"
+    parallel = {"expert_parallel_size": expert_parallel_size, "zero_stage": zero_stage}
+    assert_equal_runs(run_ranks(2, train, recipe_for(tmp_path, 2, parallel, **found)), expected)

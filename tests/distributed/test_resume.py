@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import run_ranks
-from support.tiny import tiny_recipe
+from support.tiny import classification, tiny_recipe, write_examples
 
 from smoe_train import assembly
 from smoe_train.checkpoint import Checkpoint
@@ -155,6 +155,48 @@ def test_a_resumed_run_is_bit_identical(
     expected = losses(straight)
     assert [dict(record)["step"] for record in expected] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     assert losses(broken) == expected
+
+
+EXAMPLE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "dropout, windows of lengths, accumulation": (
+        {},
+        {"dropout": 0.2, "length_window": 2},
+        {"model": {"dropout": 0.1}, "loader": {"num_workers": 1}},
+    ),
+    "bf16, frozen experts and router, whose bias stays too": (
+        {"precision": "bf16"},
+        {"dropout": 0.2, "attention": "bidirectional", "pooling": "max"},
+        {"initialise": {"freeze": ["experts", "router"]}, **router(type="sigmoid")},
+    ),
+    "an epoch that is ordered by what was counted on both sides of the break": (
+        {"zero_stage": 2},
+        {"dropout": 0.2, "length_window": 1},
+        {
+            **router(type="adaptive", base={"type": "top_k", "init_std": 0.3}, threshold=0.15),
+            "curriculum": {"order": {"by": "mean_ratio"}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("parallel", "task", "sections"), EXAMPLE_CASES.values(), ids=EXAMPLE_CASES)
+def test_a_resumed_classifier_is_bit_identical(
+    tmp_path: Path, parallel: dict[str, Any], task: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    """The training split has 54 examples, so that step 7 begins the second epoch."""
+    values = {**classification(write_examples(tmp_path / "examples"), **task), **sections}
+    values["evaluation"] |= {"every_steps": 4}
+    recipe = tiny_recipe(tmp_path, 2, parallel={"expert_parallel_size": 2, **parallel}, **values)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    for folder in (straight, broken):
+        folder.mkdir()
+    run_ranks(2, train, recipe, straight)
+    run_ranks(2, die_and_return, recipe, broken, 5)
+    assert not (broken / "checkpoints" / "step-00000006").exists()
+    run_ranks(2, train, recipe, broken)
+    assert losses(broken) == losses(straight)
+    last = [Checkpoint.open(folder / "checkpoints" / "step-00000008").files for folder in (broken, straight)]
+    assert last[0] == last[1], "the same bytes at the end"
 
 
 def load_and_collect(recipe: Recipe, folder: Path, checkpoint: Path) -> dict[str, torch.Tensor]:

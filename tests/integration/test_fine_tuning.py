@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import yaml
@@ -86,6 +87,10 @@ def test_a_run_is_fine_tuned_reported_and_resumed_without_it(folder, pretrained,
     tokenizers = [load_tokenizer(path / "tokenizer") for path in (pretrained, run, run / "checkpoints/step-00000004")]
     assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == 1
 
+    # The recipe of a run has taken up the model; another run from the same weights must have it too.
+    assert smoe_train(folder, "train", run / "recipe.yaml", "name=heads", "model.num_heads=4") == 2
+    assert "model.num_heads: 4, but the weights of initialise.path belong to a model with 2" in capsys.readouterr().err
+
     # What the run started from may go: its own folder is enough to go on.
     aside = folder / "aside"
     shutil.move(pretrained, aside)
@@ -138,7 +143,44 @@ def test_weights_are_those_of_the_run_and_of_its_export(folder, pretrained, reci
 def test_what_does_not_fit_the_weights_is_refused(override, message, folder, pretrained, recipe, capsys):
     assert smoe_train(folder, "train", recipe, f"initialise.path={pretrained}", "name=refused", override) == 2
     assert message in capsys.readouterr().err
-    assert not (folder / "runs" / "refused" / "checkpoints").exists()
+    assert not (folder / "runs" / "refused").exists(), "nothing is left behind"
+
+
+def test_a_longer_run_that_breaks_off_before_its_report_is_not_finished(folder, recipe, capsys):
+    command = ("train", recipe, "name=longer", "training.self_test=false")
+    results = folder / "runs" / "longer" / "results.json"
+    assert smoe_train(folder, *command, "training.max_steps=2") == 0
+    assert results.is_file()
+    crash = mock.patch("smoe_train.cli.worker.report_task", side_effect=OSError("the disk is gone"))
+    with crash, pytest.raises(OSError, match="the disk is gone"):
+        smoe_train(folder, *command, "training.max_steps=4")
+    assert not results.exists(), "those were the figures of a shorter training"
+    assert smoe_train(folder, *command, "training.max_steps=4") == 0
+    assert results.is_file()
+    last = folder / "runs" / "longer" / "checkpoints" / "step-00000004"
+    capsys.readouterr()
+    assert smoe_train(folder, *command[:2], "name=copy", "training.max_steps=4", "--resume", last) == 0
+    assert "nothing to do" in capsys.readouterr().err, "there is no best checkpoint to evaluate in that folder"
+
+
+def test_a_run_without_anything_to_report_is_finished_all_the_same(folder, recipe, capsys):
+    alone = ("name=alone", "training.self_test=false", "training.max_steps=1", "data.splits=[train]")
+    assert smoe_train(folder, "train", recipe, *alone) == 0
+    assert not (folder / "runs" / "alone" / "results.json").exists()
+    capsys.readouterr()
+    assert smoe_train(folder, "train", recipe, *alone) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_other_labels_are_other_data(folder, recipe, capsys):
+    examples = write_examples(folder / "relabelled")
+    command = ("train", recipe, "name=labels", "training.self_test=false", f"data.path={examples}")
+    assert smoe_train(folder, *command, "training.max_steps=1") == 0
+    rows = [json.loads(line) for line in (examples / "train.jsonl").read_text().splitlines()]
+    rows[3]["label"] = 1 - rows[3]["label"]
+    (examples / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert smoe_train(folder, *command, "training.max_steps=2") == 2
+    assert "data (sha256 of its training labels): " in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_no_start(folder, pretrained, recipe, capsys):
@@ -149,6 +191,15 @@ def test_a_damaged_checkpoint_is_no_start(folder, pretrained, recipe, capsys):
         file.write(b"\xff")
     assert smoe_train(folder, "train", recipe, f"initialise.path={copy}", "name=from_damaged") == 2
     assert "shared.safetensors has another SHA-256 than when it was written" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_no_start(folder, pretrained, recipe, capsys):
+    copy = folder / "without"
+    shutil.copytree(pretrained, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-00000003" / "tokenizer")
+    for start in (copy, copy / "checkpoints" / "step-00000003"):
+        assert smoe_train(folder, "train", recipe, f"initialise.path={start}", "name=from_without") == 2
+        assert "holds no tokenizer; it is damaged, or of an earlier version" in capsys.readouterr().err
 
 
 def test_commands_for_text_refuse_a_classifier(folder, pretrained, recipe, capsys):

@@ -2,15 +2,25 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from support.tiny import classification
 
 from smoe_train.config import Layered, merge
 from smoe_train.errors import RecipeError
-from smoe_train.recipe import Recipe, check_recipe, find_recipe, json_schema, load_recipe, shipped_recipes
+from smoe_train.recipe import (
+    Pretrained,
+    Recipe,
+    check_recipe,
+    find_recipe,
+    json_schema,
+    load_recipe,
+    shipped_recipes,
+)
 
 SHIPPED = sorted(shipped_recipes())
 
@@ -660,3 +670,77 @@ def test_mutated_files_never_raise_anything_else(tmp_path, data):
 )), max_size=3))  # fmt: skip
 def test_random_overrides_never_raise_anything_else(overrides):
     only_recipe_errors(load_recipe, "demo", overrides, 2)
+
+
+# Pretrained weights
+
+
+def fine_tuning(router, **sections):
+    """A short fine-tuning of a model that was pretrained with a router."""
+    model = {"d_model": 16, "num_heads": 2, "num_layers": 2, "moe": {"num_experts": 4, "d_ff": 8, "router": router}}
+    values = {"version": 1, "training": {"max_steps": 5}, **classification(Path("unused"))}
+    values = merge(merge(values, {"initialise": {"path": "weights"}}), sections)
+    return check_recipe(Layered(values), "fine-tuned", None, Pretrained(Path("weights"), False, model))
+
+
+def refusals(router, **sections):
+    with pytest.raises(RecipeError) as refused:
+        fine_tuning(router, **sections)
+    return {problem.key: problem.message for problem in refused.value.problems}
+
+
+def router_options(**options):
+    return {"model": {"moe": {"router": options}}}
+
+
+STABLE = {"type": "stable_moe", "stage_1_steps": 200, "distilled_dim": 7}
+
+
+def test_a_pretrained_stable_moe_keeps_to_the_router_it_has_distilled():
+    router = fine_tuning(STABLE).model.moe.router
+    assert (router.stage_1_steps, router.distilled_dim) == (0, 7)
+    assert fine_tuning(STABLE, **router_options(stage_1_steps=3)).model.moe.router.stage_1_steps == 3
+    again = {**STABLE, "stage_1_steps": 0}
+    assert fine_tuning(again).model.moe.router.stage_1_steps == 0, "fine-tuned from what was fine-tuned"
+    assert "a model with 7" in refusals(STABLE, **router_options(distilled_dim=8))["model.moe.router.distilled_dim"]
+    over = {"type": "sim_smoe", "base": STABLE}
+    assert fine_tuning(over, training={"max_steps": 50}).model.moe.router.base.stage_1_steps == 0
+
+
+def test_a_new_stable_moe_goes_through_both_stages():
+    new = {"initialise": {"router": "new"}}
+    assert "begins at step 6000" in refusals(STABLE, **new)["model.moe.router"]
+    assert fine_tuning(STABLE, **new, **router_options(stage_1_steps=2)).model.moe.router.stage_1_steps == 2
+    assert "nothing has trained" in refusals(STABLE, **new, **router_options(stage_1_steps=0))["model.moe.router"]
+    assert "nothing has trained" in problems(**router_options(**STABLE | {"stage_1_steps": 0}))["model.moe.router"]
+
+
+def test_what_allowed_a_look_ahead_in_pretraining_is_not_taken_up():
+    leaking = {"type": "expert_choice", "allow_future_leak": True}
+    both_sides = fine_tuning(leaking, task={"attention": "bidirectional"}, model={"moe": {"top_k": 1}})
+    assert not both_sides.model.moe.router.allow_future_leak
+    assert "looks at later tokens" in refusals(leaking)["model.moe.router"]
+    assert fine_tuning(leaking, **router_options(allow_future_leak=True)).model.moe.router.allow_future_leak
+
+
+def test_a_bias_that_was_frozen_late_in_pretraining_moves_again():
+    frozen = {"type": "sigmoid", "bias_frozen_after_steps": 900}
+    assert fine_tuning(frozen).model.moe.router.bias_frozen_after_steps is None
+    set_anew = fine_tuning(frozen, **router_options(bias_frozen_after_steps=4))
+    assert set_anew.model.moe.router.bias_frozen_after_steps == 4
+
+
+def test_an_order_leaves_no_room_for_sorting_by_length():
+    adaptive = {"type": "adaptive", "threshold": 0.1, "base": {"type": "top_k"}}
+    order = {"curriculum": {"order": {"by": "mean_ratio"}}}
+    for harmless in ({}, {"task": {"length_window": 1}}):
+        assert fine_tuning(adaptive, **order, **harmless)
+    found = refusals(adaptive, **order, task={"length_window": 8})
+    assert found == {
+        "task.length_window": "has no effect: curriculum.order says which examples stand together; leave it out"
+    }
+
+
+def test_a_model_without_routers_has_none_to_start_anew():
+    found = refusals({"type": "top_k"}, model={"moe": {"layers": []}}, initialise={"router": "new"})
+    assert found["initialise.router"] == "has no effect: the model has no MoE layer"

@@ -24,7 +24,7 @@ class MapAddress(NamedTuple):
 class ReopensMaps:
     """Base of classes whose memory maps are pickled as their addresses, not as their contents.
 
-    Workers that are not forked get a pickle of what they work on; without this it would hold the whole corpus.
+    Workers that are not forked get a copy of what they work on; without this it would hold the whole corpus.
     """
 
     def __getstate__(self) -> dict[str, Any]:

@@ -245,7 +245,8 @@ class SplitSource(LabelledSource):
         if split == DEV and TRAIN in origins:
             cure += ", or data.dev_fraction=0.1 to cut it from the training rows"
         if origins:
-            cure += f", or data.splits=[{','.join(one for one in EXAMPLE_SPLITS if one in origins)}] to go without"
+            rest = {*origins} if self.config.dev_fraction is None else {*origins, DEV}
+            cure += f", or data.splits=[{','.join(one for one in EXAMPLE_SPLITS if one in rest)}] to go without"
         return f"{self.name}: has no {split} split{where} ({there}); {cure}"
 
     def _check_apart(self, sources: Mapping[str, SplitFiles | HubSplit]) -> None:

@@ -61,11 +61,15 @@ def to_example(where: str, row: Row, place: int, columns: Columns, task: TaskInf
 def to_label(where: str, value: object, task: TaskInfo, names: Mapping[str, int]) -> int | float | None:
     """Returns the class id or number that a value stands for.
 
-    No label, None, are null, "", and -1 unless that is a number of the task.
+    No label, None, are null, "", and -1 unless that is a number of the task. Numbers are ids of classes, unless classes
+    have numbers for names (stars from 1 to 5): then they are names, so that "1" and 1 never mean different classes.
 
     Raises:
         DataError: It stands for nothing.
     """
+    named_by_numbers = any(WHOLE.fullmatch(label) for label in task.labels)
+    if named_by_numbers and isinstance(value, int | float) and math.isfinite(value) and value == int(value):
+        value = str(int(value))
     if isinstance(value, str):
         value = value.strip()
         if value in task.labels:
@@ -80,7 +84,7 @@ def to_label(where: str, value: object, task: TaskInfo, names: Mapping[str, int]
         number = _number(value)
         if number is not None and task.low <= number <= task.high:
             return number
-    else:
+    elif not named_by_numbers:
         if isinstance(value, str) and WHOLE.fullmatch(value):
             value = int(value)
         if isinstance(value, int | float) and value in range(len(task.labels)):
@@ -92,6 +96,8 @@ def _allowed(task: TaskInfo) -> str:
     if task.kind == "regression":
         return f"numbers from {task.low:g} to {task.high:g}"
     shown = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
+    if any(WHOLE.fullmatch(label) for label in task.labels):
+        return shown
     return f"{shown}, or their ids 0 to {len(task.labels) - 1}"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from smoe_train.data.examples import DEV, TEST, TRAIN, Metric, TaskInfo
 from smoe_train.data.reading.labelled_source import HubSplit, LabelledConfig, SplitSource
@@ -19,6 +19,16 @@ from smoe_train.errors import DataError
 STEMS = {TRAIN: ("train",), DEV: ("dev", "validation", "valid"), TEST: ("test",)}
 CLASSIFICATION: tuple[Metric, ...] = ("accuracy", "f1", "matthews")
 REGRESSION: tuple[Metric, ...] = ("pearson", "spearman")
+
+
+def _class_name(value: object) -> object:
+    """Returns the name that is meant where YAML reads another type than text."""
+    if isinstance(value, bool):
+        raise ValueError("is a truth value to YAML, as yes, no, on and off are; put quotation marks around names")
+    return str(value) if isinstance(value, int) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_class_name, json_schema_input_type=str | int)]
 
 
 class LabelledFilesConfig(LabelledConfig):
@@ -47,12 +57,13 @@ class LabelledFilesConfig(LabelledConfig):
     text2: str | None = None
     """Column of the second text of pairs."""
     label: str = "label"
-    """Column of the label: a class by name or id, or a number; test rows may lack it."""
+    """Column of the label: a class by name or id (by name alone if names are numbers), or a number; test rows may lack
+    it."""
     index: str | None = None
     """Column of the number that names a row in predictions; without it rows are counted from 0."""
     columns: list[str] | None = None
     """Names of the columns of TSV files without a header line."""
-    labels: list[str] | None = Field(None, min_length=2)
+    labels: list[ClassName] | None = Field(None, min_length=2)
     """Names of the classes in the order of their ids; of classification only."""
     low: float | None = None
     """Smallest label; of regression only."""

@@ -5,7 +5,7 @@ import torch
 from support.small_model import small_config, small_model
 
 from smoe_train.model import ModelConfig, MoeConfig, SmoeConfig, SmoeForCausalLM
-from smoe_train.model.accounting import census
+from smoe_train.model.accounting import census, forward_flops
 from smoe_train.routing.hyper_router import HyperRouterConfig
 from smoe_train.routing.top_k import TopKConfig
 
@@ -45,6 +45,17 @@ def test_census_by_hand():
     assert counted.active == counted.total - 2 * 2 * expert
     assert (counted.experts, counted.routers, counted.frozen) == (8 * expert, 2 * 64, 0)
     assert counted.to_json()["total"] == counted.total
+
+
+def test_census_of_a_classifier_with_frozen_parts():
+    """Of 29 tokens by 16, no output layer for them, and no expert of width 12 with biases is trained."""
+    config = small_config(tie_word_embeddings=False)
+    experts = 2 * 4 * (16 * 12 + 12 + 12 * 16 + 16)
+    counted = census(config, ("experts",), language_model=False)
+    assert counted.total == census(config).total - 29 * 16
+    assert (counted.frozen, counted.trainable) == (experts, counted.total - experts)
+    for_text, for_classes = (forward_flops(config, 2, 10, language_model) for language_model in (True, False))
+    assert for_text - for_classes == 2 * 16 * 29
 
 
 def test_census_of_a_large_model_allocates_nothing():

@@ -163,3 +163,14 @@ def test_freezing_excludes_a_part_and_nothing_else(part):
     assert all(parameter.requires_grad != (id(parameter) in frozen) for parameter in model.parameters())
     assert model.frozen_parts == {part}
     assert not classifier().frozen_parts
+
+
+def test_an_embedding_inside_a_router_is_the_routers():
+    router = {"type": "stable_moe", "distilled_dim": 4}
+    model = classifier(moe_layers=[0, 1], router=router)
+    model.freeze(["embeddings"])
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
+    model = classifier(moe_layers=[0, 1], router=router)
+    model.freeze(["router"])
+    assert not model.model.layers[0].moe.router.distilled.embedding.weight.requires_grad

@@ -141,6 +141,12 @@ def test_mnli_has_two_dev_and_two_test_splits(tmp_path):
     assert corpus.task.submissions == {"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}
 
 
+def test_what_to_leave_out_of_mnli_keeps_the_dev_split_that_is_cut(tmp_path):
+    write(tmp_path, train="premise\thypothesis\tlabel\na\tb\tneutral\n")
+    with pytest.raises(DataError, match=r"no dev_mismatched split .*or data\.splits=\[train,dev\] to go without"):
+        load("mnli", tmp_path / "train.tsv", dev_fraction=0.5)
+
+
 def test_qnli_and_rte_have_labels_in_words_and_wnli_in_digits(tmp_path):
     qnli = "index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tnot_entailment\n1\tWhat?\tIt.\tentailment\n"
     assert [one.label for one in only("qnli", write(tmp_path / "QNLI", train=qnli).parent)] == [1, 0]

@@ -1,3 +1,5 @@
+import socket
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -71,3 +73,27 @@ def test_errors_in_the_middle_are_reported_too(monkeypatch):
     assert next(rows) == (1, {"text": "a"})
     with pytest.raises(DataError, match="OSError: disk failed"):
         next(rows)
+
+
+@pytest.mark.parametrize(("proxies", "offline"), [({}, True), ({"https": "http://proxy:3128"}, False)])
+def test_an_unknown_name_of_the_hub_is_not_tried_for_half_a_minute(monkeypatch, proxies, offline):
+    import datasets
+    from huggingface_hub import constants
+
+    def unknown(*_):
+        raise socket.gaierror("Name or service not known")
+
+    seen = []
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(hub, "getproxies", lambda: proxies)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *_, **__: seen.append((datasets.config.HF_HUB_OFFLINE, constants.is_offline_mode())),
+    )
+    hub.load_hub("a/b", None, "train", None)
+    assert seen == [(offline, offline)]
+    assert not datasets.config.HF_HUB_OFFLINE
+    assert not constants.is_offline_mode()

@@ -50,6 +50,24 @@ def test_regression_takes_numbers_of_its_range(tmp_path):
         load(tmp_path / "train.csv", splits=["train"], low=-2.0, high=2.0)
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_classes_may_have_numbers_for_names_which_are_then_no_ids(tmp_path, form):
+    stars = {"labels": [1, 2, 3], "splits": ["train"]}  # as YAML reads them
+    rows = {
+        "csv": ("text,label\n", "a,{}\n"),
+        "jsonl": ("", '{{"text": "a", "label": {}}}\n'),
+    }
+    head, row = rows[form]
+    path = tmp_path / f"train.{form}"
+    path.write_text(head + row.format(1) + row.format(3))
+    corpus = load(path, **stars)
+    assert corpus.task.labels == ("1", "2", "3")
+    assert [one.label for one in corpus.splits["train"]] == [0, 2]
+    path.write_text(head + row.format(1) + row.format(0))
+    with pytest.raises(DataError, match=r"the label '0' is none of labelled; allowed are 1, 2, 3$"):
+        load(path, **stars)
+
+
 def test_tsv_files_without_header(tmp_path):
     (tmp_path / "train.tsv").write_text("yes\tgood\nno\tbad\n")
     rows = load(tmp_path, columns=["label", "text"], splits=["train"], **CLASSES).splits["train"]
@@ -136,6 +154,7 @@ def test_a_missing_train_or_dev_split_is_refused(tmp_path):
         ({**CLASSES, "low": 0.0}, "give either labels"),
         ({"low": 1.0, "high": 1.0}, "low must be below high"),
         ({"labels": ["a", "a"]}, "names a class twice"),
+        ({"labels": [False, True]}, "is a truth value to YAML, as yes, no, on and off are; put quotation marks"),
         ({**CLASSES, "metrics": ["pearson"]}, "metric pearson does not fit"),
         ({"low": 0.0, "high": 1.0, "metrics": ["f1"]}, "metric f1 does not fit"),
         ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 needs two classes"),
