@@ -13,7 +13,7 @@ from smoe_train.errors import RunStoppedError, SmoeError
 
 app = typer.Typer(
     name="smoe-train",
-    help="Pretrain sparse mixture-of-experts transformers.",
+    help="Pretrain and fine-tune sparse mixture-of-experts transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

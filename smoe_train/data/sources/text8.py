@@ -54,6 +54,7 @@ SUBSTITUTIONS: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
 TAGS = re.compile(rb"<.*>")
 REDIRECT = re.compile(rb"#redirect", re.IGNORECASE)
 OTHERS = re.compile(rb"[^a-z]+")
+FOREIGN = re.compile(rb"[^a-z ]")
 
 
 class Text8Config(ByBytesConfig):
@@ -91,6 +92,7 @@ class Text8Source(TextSource):
             file = StoredFile.at(_derived(self.config.dump_path.expanduser(), cache))
         elif self.config.path is not None:
             file = stored_text(self.config.path.expanduser(), TEXT8)
+            _check_alphabet(file)
         else:
             file = stored_text(fetch(TEXT8.archive, cache, REMEDY), TEXT8)
         return divided(file, TEXT8, self.config)
@@ -132,6 +134,17 @@ def _records(chunks: Iterator[bytes]) -> Iterator[bytes]:
             left = [part]
     if rest := b"".join(left):
         yield rest
+
+
+def _check_alphabet(file: StoredFile) -> None:
+    offset = 0
+    for chunk in file.chunks():
+        if found := FOREIGN.search(chunk):
+            raise DataError(
+                f"{file.name}: byte {offset + found.start():,} is {found[0]!r}, and text8 has only a to z and spaces; "
+                "make it from a dump by data.dump_path, or use data.source=text for another text"
+            )
+        offset += len(chunk)
 
 
 def _derived(path: Path, cache: Path) -> Path:

@@ -203,3 +203,11 @@ def test_there_is_one_origin():
         Text8Config(path=Path("a"), dump_path=Path("b"))
     config = Text8Config()
     assert (config.train_bytes, config.valid_bytes, config.test_bytes) == (90_000_000, 5_000_000, 5_000_000)
+
+
+def test_a_piece_of_another_text_is_refused(tmp_path):
+    path = tmp_path / "piece"
+    path.write_bytes(TEXT[:200] + b"<page>" + TEXT[:94])
+    config = Text8Config(path=path, train_bytes=200, valid_bytes=50, test_bytes=50)
+    with pytest.raises(DataError, match=r"piece: byte 200 is b'<', and text8 has only a to z .*data\.dump_path"):
+        build_source(config).load(tmp_path)
