@@ -2,12 +2,12 @@
 #
 #   PYTHON          interpreter that makes the environment (3.10 or newer)
 #   PIP_TORCH_ARGS  further pip arguments for torch, e.g. --index-url of another build
-#   PYTEST_ARGS     further pytest arguments, e.g. "-n 2" or "-k routing"
+#   PYTEST_ARGS     pytest arguments besides; two workers if not given; "-k routing" for some of the tests
 #   DEMO_ARGS, BENCH_ARGS, COMPARE_ARGS
 
 PYTHON ?= python3
 PIP_TORCH_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 COMPARE_ARGS ?=
