@@ -103,7 +103,7 @@ def find_pretrained(path: Path, which: str) -> Pretrained:
         return Pretrained(path, False, _model_of_export(path / EXPORTED_CONFIG))
     raise CheckpointError(
         f"{path}: is neither a run folder, nor a complete checkpoint, nor an exported folder; "
-        "give the path of one of them, e.g. runs/<name>"
+        "give the path of one of them, e.g. runs/<name>. A run that has begun goes on without: train its recipe.yaml"
     )
 
 
