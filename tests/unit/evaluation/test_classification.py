@@ -92,7 +92,8 @@ def test_numbers_are_taken_as_they_come():
 
 @pytest.mark.parametrize(("world_size", "size"), [(2, 4), (3, 2), (2, 16)])
 def test_ranks_see_each_example_once_and_agree(world_size, size):
-    model, meeting, shares = FakeModel(3), threading.Barrier(world_size, timeout=30), []
+    models = [FakeModel(3) for _ in range(world_size)]
+    meeting, shares = threading.Barrier(world_size, timeout=30), []
 
     def total(values):
         shares.append(values)
@@ -101,7 +102,7 @@ def test_ranks_see_each_example_once_and_agree(world_size, size):
 
     def rank_of(rank):
         own = batches(rank, world_size, size)
-        return evaluate_classifier(model, own, [Knobs(5, 2), Knobs(5, 1)], CLASSES, LABELS, CPU, total)
+        return evaluate_classifier(models[rank], own, [Knobs(5, 2), Knobs(5, 1)], CLASSES, LABELS, CPU, total)
 
     with ThreadPoolExecutor(world_size) as pool:
         ranks = list(pool.map(rank_of, range(world_size)))
