@@ -1,26 +1,16 @@
 """The comparison of policies: every policy has a row, every row a recipe, and the differences are worked out right."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from support.scripts import loaded
 
-import smoe_train
 from smoe_train.recipe import load_recipe
 from smoe_train.routing import ROUTERS
-
-ROOT = Path(smoe_train.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compare_policies", ROOT / "scripts" / "compare_policies.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("compare_policies") as module:
+        yield module
 
 
 def test_every_causal_policy_has_a_row_and_every_row_a_recipe(script):

@@ -1,25 +1,15 @@
 """The comparison of orders on SST-2: its runs differ in what they say, and times to equal loss are worked out right."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from support.scripts import loaded
 
-import smoe_train
 from smoe_train.recipe import flat, load_recipe
-
-ROOT = Path(smoe_train.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compare_curriculum", ROOT / "scripts" / "compare_curriculum.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("compare_curriculum") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 import hashlib
 import json
-import multiprocessing
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.at_once import run_at_once
 
 from smoe_train.data import BytesConfig, build_tokenizer, prepare_examples
 from smoe_train.data.examples import Example, LabelledCorpus, TaskInfo
@@ -192,23 +192,15 @@ def test_a_store_that_was_cut_short_is_built_again(files, tmp_path):
     assert prepare_examples(files, BytesConfig(), tmp_path / "cache").split("dev").index.tolist() == [0]
 
 
-def prepare_and_check(config, cache, barrier):
-    barrier.wait(20)
+def prepare_and_check(config, cache):
     store = prepare_examples(config, BytesConfig(), cache)
     store.verify()
     assert len(store.split("train")) == 2
 
 
 def test_processes_that_prepare_at_once_all_get_the_whole_store(files, tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
     cache = tmp_path / "cache"
-    processes = [context.Process(target=prepare_and_check, args=(files, cache, barrier)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(20)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert run_at_once(prepare_and_check, files, cache) == [0, 0, 0]
     assert len([path for path in (cache / "stores").iterdir() if path.is_dir()]) == 1
 
 

@@ -1,11 +1,11 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 
 import numpy as np
 import pytest
+from support.at_once import run_at_once
 
 from smoe_train.data import (
     BytesConfig,
@@ -306,22 +306,14 @@ def test_prepare_rebuilds_a_store_that_was_cut_short(text, cache, settled, caplo
     assert "damaged or incomplete" in caplog.text
 
 
-def prepare_and_check(text, cache, barrier):
-    barrier.wait(20)
+def prepare_and_check(text, cache):
     store = prepare(text, BytesConfig(), cache)
     store.verify()
     assert store.tokens("train").tobytes() == TEXT[:7168]
 
 
 def test_processes_that_prepare_at_once_all_get_the_whole_store(text, cache):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
-    processes = [context.Process(target=prepare_and_check, args=(text, cache, barrier)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(20)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert run_at_once(prepare_and_check, text, cache) == [0, 0, 0]
     assert len([path for path in (cache / "stores").iterdir() if path.is_dir()]) == 1
 
 
