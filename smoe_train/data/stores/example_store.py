@@ -21,28 +21,22 @@ from smoe_train.data import progress
 from smoe_train.data.batches.memory_map import ReopensMaps
 from smoe_train.data.examples import EXAMPLE_SPLITS, TEST, Example, ExampleSplitName, LabelledCorpus, TaskInfo
 from smoe_train.data.source import LabelledSource, SourceConfig, Split, build_source
-from smoe_train.data.stores.build_once import build_once
-from smoe_train.data.stores.known_corpora import recall, remember, take_stamp
 from smoe_train.data.stores.saved_tokenizer import FOLDER as TOKENIZER_FOLDER
-from smoe_train.data.stores.saved_tokenizer import load_tokenizer, ready_tokenizer, save_tokenizer
+from smoe_train.data.stores.saved_tokenizer import save_tokenizer
+from smoe_train.data.stores.store import DataRecord, Store, find_or_build
 from smoe_train.data.stores.store_files import (
     FileRecord,
-    FormatRecord,
     check_sizes,
     map_array,
     read_record,
-    verify_files,
     write_arrays,
     write_record,
 )
 from smoe_train.data.stores.token_store import default_cache
 from smoe_train.data.tokenizer import (
     TokenArray,
-    TokenDtype,
     Tokenizer,
     TokenizerConfig,
-    TrainingText,
-    build_tokenizer,
 )
 from smoe_train.errors import DataError
 
@@ -63,17 +57,12 @@ class SplitRecord(StrictModel):
     index: FileRecord
 
 
-class ExampleStoreRecord(FormatRecord):
+class ExampleStoreRecord(DataRecord):
     """The contents of ``store.json``."""
 
-    source: str
     task: TaskInfo
     pairs: bool
     skipped: dict[str, int]
-    corpus: str
-    tokenizer: str
-    vocab_size: int
-    dtype: TokenDtype
     separator_ids: tuple[int, ...] = Field(min_length=1)
     splits: dict[ExampleSplitName, SplitRecord]
 
@@ -153,7 +142,7 @@ class ExampleSplit(ReopensMaps):
 
 
 @dataclass(frozen=True)
-class ExampleStore:
+class ExampleStore(Store):
     """The examples of one labelled corpus under one tokenizer.
 
     Attributes:
@@ -181,11 +170,6 @@ class ExampleStore:
         return self.record.task
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids of the tokenizer."""
-        return self.record.vocab_size
-
-    @property
     def splits(self) -> tuple[ExampleSplitName, ...]:
         """The splits there are."""
         return tuple(name for name in EXAMPLE_SPLITS if name in self.record.splits)
@@ -207,27 +191,13 @@ class ExampleStore:
             pairs=self.record.pairs,
         )
 
-    def tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer that the ids belong to.
+    def files(self) -> dict[str, FileRecord]:
+        """Returns the record of each file by name."""
+        return self.record.files()
 
-        Raises:
-            DataError: Its files are damaged.
-        """
-        return load_tokenizer(self.folder / TOKENIZER_FOLDER)
-
-    def checksums(self) -> dict[str, str]:
-        """Returns the digests that identify the data of a run: corpus, tokenizer, and each split's tokens."""
-        splits: dict[str, str] = {name: self.record.splits[name].tokens.sha256 for name in self.splits}
-        return {"corpus": self.record.corpus, "tokenizer": self.record.tokenizer, **splits}
-
-    def verify(self) -> None:
-        """Reads all files and compares them with the recorded digests.
-
-        Raises:
-            DataError: A file is damaged.
-        """
-        verify_files(self.folder, self.record.files())
-        self.tokenizer()
+    def split_checksums(self) -> dict[str, str]:
+        """Returns the digest of each split's tokens."""
+        return {name: self.record.splits[name].tokens.sha256 for name in self.splits}
 
 
 def prepare_examples(
@@ -247,20 +217,16 @@ def prepare_examples(
     cache = default_cache() if cache_root is None else cache_root
     source = build_source(source_config)
     assert isinstance(source, LabelledSource), f"{source_config.source} holds running text"
-    before = take_stamp(source, cache)
-    known = recall(before, cache)
-    if known is not None:
-        ready = ready_tokenizer(tokenizer, known, cache) if isinstance(tokenizer, TokenizerConfig) else tokenizer
-        if ready is not None and _intact(folder := store_folder(known, ready, cache)):
-            return ExampleStore.open(folder)
-    corpus = source.load(cache)
-    if isinstance(tokenizer, TokenizerConfig):
-        text = TrainingText(training_text(corpus), corpus.fingerprint, cache) if tokenizer.learns() else None
-        tokenizer = build_tokenizer(tokenizer, text)
-    folder = store_folder(corpus.fingerprint, tokenizer, cache)
-    build_once(folder, lambda empty: write_store(empty, corpus, tokenizer), _intact)
-    remember(before, take_stamp(source, cache), corpus.fingerprint, cache)
-    return ExampleStore.open(folder)
+    return find_or_build(
+        source,
+        lambda: source.load(cache),
+        tokenizer,
+        cache,
+        training_text,
+        lambda corpus, made: store_folder(corpus, made, cache),
+        write_store,
+        ExampleStore.open,
+    )
 
 
 def training_text(corpus: LabelledCorpus) -> Split:
@@ -357,11 +323,3 @@ def _check_labels(name: str, labels: Numbers, corpus: LabelledCorpus) -> None:
         raise DataError(
             f"{corpus.name}: the {name} split has the label {published[wrong][0]:g}; {task.name} has {low} to {high}"
         )
-
-
-def _intact(folder: Path) -> bool:
-    try:
-        ExampleStore.open(folder)
-    except DataError:
-        return False
-    return True

@@ -24,28 +24,22 @@ from smoe_train.data.source import (
     build_source,
     fingerprint,
 )
-from smoe_train.data.stores.build_once import build_once
-from smoe_train.data.stores.known_corpora import recall, remember, take_stamp
-from smoe_train.data.stores.saved_tokenizer import FOLDER, load_tokenizer, ready_tokenizer, save_tokenizer
+from smoe_train.data.stores.saved_tokenizer import FOLDER, save_tokenizer
 from smoe_train.data.stores.saved_tokenizer import read_record as read_tokenizer_record
 from smoe_train.data.stores.split_writer import SplitRecord, SplitWriter
+from smoe_train.data.stores.store import DataRecord, Store, find_or_build
 from smoe_train.data.stores.store_files import (
     REMEDY,
     FileRecord,
-    FormatRecord,
     check_sizes,
     map_array,
     read_record,
-    verify_files,
     write_record,
 )
 from smoe_train.data.tokenizer import (
     TokenArray,
-    TokenDtype,
     Tokenizer,
     TokenizerConfig,
-    TrainingText,
-    build_tokenizer,
 )
 from smoe_train.data.tokenizers.pieces import placed
 from smoe_train.data.tokenizers.words import WordCounter
@@ -54,19 +48,14 @@ from smoe_train.errors import DataError
 FORMAT_VERSION = 2
 
 
-class StoreRecord(FormatRecord):
+class StoreRecord(DataRecord):
     """The contents of ``store.json``."""
 
-    source: str
-    corpus: str
-    tokenizer: str
-    vocab_size: int
-    dtype: TokenDtype
     splits: dict[SplitName, SplitRecord]
 
 
 @dataclass(frozen=True)
-class TokenStore:
+class TokenStore(Store):
     """The tokens of one corpus under one tokenizer.
 
     Attributes:
@@ -86,7 +75,7 @@ class TokenStore:
         """
         record = read_record(StoreRecord, folder, "a token store", FORMAT_VERSION)
         store = cls(folder, record)
-        check_sizes(folder, store._files())
+        check_sizes(folder, store.files())
         if read_tokenizer_record(folder / FOLDER).fingerprint != record.tokenizer:
             raise DataError(f"{folder / FOLDER}: is not the tokenizer of this store; {REMEDY}")
         return store
@@ -127,19 +116,6 @@ class TokenStore:
             return None
         return map_array(self.documents_path(split), np.int64)
 
-    def tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer that the tokens were made by.
-
-        Raises:
-            DataError: It is damaged.
-        """
-        return load_tokenizer(self.folder / FOLDER)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of different ids of the tokenizer."""
-        return self.record.vocab_size
-
     def num_words(self, split: SplitName) -> int | None:
         """Returns the words and lines of the text, or None if the source's figures are not given per word.
 
@@ -158,21 +134,12 @@ class TokenStore:
         """
         return self._split(split).bytes
 
-    def checksums(self) -> dict[str, str]:
-        """Returns the digests that identify the data of a run: corpus, tokenizer, and each split's tokens."""
-        splits: dict[str, str] = {name: self.record.splits[name].sha256 for name in self.splits}
-        return {"corpus": self.record.corpus, "tokenizer": self.record.tokenizer, **splits}
+    def split_checksums(self) -> dict[str, str]:
+        """Returns the digest of each split's tokens."""
+        return {name: self.record.splits[name].sha256 for name in self.splits}
 
-    def verify(self) -> None:
-        """Reads all tokens and compares them with the recorded digests.
-
-        Raises:
-            DataError: A file is damaged.
-        """
-        verify_files(self.folder, self._files())
-        self.tokenizer()
-
-    def _files(self) -> dict[str, FileRecord]:
+    def files(self) -> dict[str, FileRecord]:
+        """Returns the record of each file by name."""
         itemsize = np.dtype(self.record.dtype).itemsize
         files: dict[str, FileRecord] = {}
         for name, split in self.record.splits.items():
@@ -212,20 +179,16 @@ def prepare(
     cache = default_cache() if cache_root is None else cache_root
     source = build_source(source_config)
     assert isinstance(source, TextSource), f"{source_config.source} holds labelled examples"
-    before = take_stamp(source, cache)
-    known = recall(before, cache)
-    if known is not None:
-        ready = tokenizer if isinstance(tokenizer, Tokenizer) else ready_tokenizer(tokenizer, known, cache)
-        if ready is not None and _intact(folder := store_folder(source_config.source, known, ready, cache)):
-            return TokenStore.open(folder)
-    corpus = source.load(cache)
-    if isinstance(tokenizer, TokenizerConfig):
-        tokenizer = build_tokenizer(tokenizer, TrainingText(corpus.splits["train"], corpus.fingerprint, cache))
-    made = tokenizer
-    folder = store_folder(corpus.name, corpus.fingerprint, made, cache)
-    build_once(folder, lambda empty: write_store(empty, corpus, made), _intact)
-    remember(before, take_stamp(source, cache), corpus.fingerprint, cache)
-    return TokenStore.open(folder)
+    return find_or_build(
+        source,
+        lambda: source.load(cache),
+        tokenizer,
+        cache,
+        lambda corpus: corpus.splits["train"],
+        lambda corpus, made: store_folder(source_config.source, corpus, made, cache),
+        write_store,
+        TokenStore.open,
+    )
 
 
 def store_folder(name: str, corpus_fingerprint: str, tokenizer: Tokenizer, cache: Path) -> Path:
@@ -259,11 +222,3 @@ def write_store(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
     )
     save_tokenizer(tokenizer, folder / FOLDER)
     write_record(folder, record)
-
-
-def _intact(folder: Path) -> bool:
-    try:
-        TokenStore.open(folder)
-    except DataError:
-        return False
-    return True
