@@ -43,9 +43,11 @@ from smoe_train.model.expert_bank import BankFactory
 from smoe_train.parallel.topology import Topology
 from smoe_train.recipe import TOKENIZER, Pretrained, Recipe, find_pretrained, initial_checks
 from smoe_train.reporting import Journal
+from smoe_train.training.alarms import Alarms
 from smoe_train.training.complexity import ComplexityRecorder, SampleOrder
 from smoe_train.training.engine import Engine, LocalEngine
 from smoe_train.training.optimizer import make_optimizer, parameter_groups
+from smoe_train.training.saving import Saver
 from smoe_train.training.self_test import check_optimizer_groups, require
 from smoe_train.training.stop import StopRequest
 from smoe_train.training.task import Classification, LanguageModelling, Task
@@ -217,7 +219,9 @@ def build_trainer(
     model.model.ranks = RankReduction(process.sum, process.world_size)
     model.recompute_activations(training.activation_checkpointing)
     engine = build_engine(recipe, model, process)
-    return Trainer(
+    stop = stop or StopRequest()
+    checkpoints = CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last)
+    trainer = Trainer(
         config=training,
         evaluation=recipe.evaluation,
         learning_rate=recipe.learning_rate,
@@ -225,21 +229,31 @@ def build_trainer(
         checkpoint_every=recipe.checkpoint.every_steps,
         log_every=recipe.reporting.log_every_steps,
         seed=recipe.seed,
-        expert_parallel_size=recipe.parallel.expert_parallel_size,
         engine=engine,
         model=model,
         process=process,
         batches=batches.train,
-        task=_build_task(model, store, batches, process),
-        store=CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last),
+        task=_build_task(model, store, batches, process, stop),
+        store=checkpoints,
+        saver=Saver(
+            engine,
+            process,
+            checkpoints,
+            recipe.parallel.expert_parallel_size,
+            _files(run_folder / TOKENIZER),
+            recipe.checkpoint.background,
+            recipe.checkpoint.failures_allowed,
+        ),
+        alarms=Alarms(recipe.health),
         journal=None,
         identity=identity(recipe, store),
         score_key=[*(recipe.evaluation.top_k or (recipe.model.moe.top_k,)), batches.scored, batches.checksum],
-        tokenizer=_files(run_folder / TOKENIZER),
         further_state=task_state(store),
         sample_order=build_sample_order(recipe, batches.train, sorted(model.routers()), process),
-        stop=stop or StopRequest(),
+        stop=stop,
     )
+    trainer.saver.note, trainer.saver.lost_best = trainer.note, trainer.forget_best
+    return trainer
 
 
 def _files(tokenizer: Path) -> dict[str, bytes]:
@@ -247,14 +261,23 @@ def _files(tokenizer: Path) -> dict[str, bytes]:
     return {name: (tokenizer / name).read_bytes() for name in names}
 
 
-def _build_task(model: SmoePreTrainedModel, store: AnyStore, batches: Batches, process: Process) -> Task:
+def _build_task(
+    model: SmoePreTrainedModel, store: AnyStore, batches: Batches, process: Process, stop: StopRequest
+) -> Task:
+    def stopping() -> bool:
+        return process.any(stop.requested)
+
     if isinstance(store, ExampleStore):
         assert isinstance(batches.validation, ExampleBatches)
         samples = batches.validation.samples
-        return Classification(model, batches.validation, store.task, samples.labels, process.device, process.sum)
+        return Classification(
+            model, batches.validation, store.task, samples.labels, process.device, process.sum, stopping
+        )
     assert isinstance(batches.validation, EvaluationBatches)
     train, valid = (text_figures(store, split) for split in TRAIN_AND_VALID)
-    return LanguageModelling(model, batches.validation, train.bytes_per_token, valid, process.device, process.sum)
+    return LanguageModelling(
+        model, batches.validation, train.bytes_per_token, valid, process.device, process.sum, stopping
+    )
 
 
 def open_journal(recipe: Recipe, run_folder: Path, resume_from_step: int | None) -> Journal:

@@ -7,17 +7,19 @@ from smoe_train.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from smoe_train.checkpoint.initial import CheckpointWeights, ExportedWeights, Weights, load_initial
+    from smoe_train.checkpoint.manifest import Checkpoint
     from smoe_train.checkpoint.model_state import StateAccess, collect, load_weights, read_extra, restore
     from smoe_train.checkpoint.rank_state import seed_everything
-    from smoe_train.checkpoint.store import Checkpoint, CheckpointStore
+    from smoe_train.checkpoint.store import CheckpointStore
 
 __getattr__ = lazy_attributes(
     __name__,
     {
         "initial": ("CheckpointWeights", "ExportedWeights", "Weights", "load_initial"),
+        "manifest": ("Checkpoint",),
         "model_state": ("StateAccess", "collect", "load_weights", "read_extra", "restore"),
         "rank_state": ("seed_everything",),
-        "store": ("Checkpoint", "CheckpointStore"),
+        "store": ("CheckpointStore",),
     },
 )
 

@@ -14,3 +14,10 @@ class CheckpointConfig(StrictModel):
     """Optimizer steps between checkpoints; one is also written at the end and when the run is asked to stop."""
     keep_last: int = Field(3, ge=1)
     """How many of the newest checkpoints to keep; the best by validation loss is kept besides."""
+    background: bool = True
+    """Training waits only until the state is copied to host memory; a thread writes it. Each rank needs memory for the
+    copy of what it writes. The last checkpoint of a run is always waited for."""
+    failures_allowed: int = Field(2, ge=0)
+    """How many saves in a row may fail (full disk, lost file system) before the run ends with exit code 1. Training
+    goes on with a warning in between, and the next save tries again; earlier checkpoints stay as they were. A run whose
+    last save fails ends with exit code 1 in any case."""

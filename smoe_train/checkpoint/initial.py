@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.checkpoint.model_state import parameters_of, read_parameter, saved_buffers
-from smoe_train.checkpoint.store import Checkpoint
 from smoe_train.errors import CheckpointError
 from smoe_train.model import SmoeForSequenceClassification, SmoePreTrainedModel, StackedExperts
 from smoe_train.routing import Router

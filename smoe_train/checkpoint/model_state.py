@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.checkpoint.rank_state import capture_random_state, restore_random_state, seed_everything
-from smoe_train.checkpoint.store import Checkpoint
 from smoe_train.errors import CheckpointError
 from smoe_train.model import StackedExperts
 
@@ -56,8 +56,8 @@ def collect(
     """Returns the files that this rank writes, by name, with their tensors.
 
     Rank 0 writes what all ranks share, the first expert-parallel group the experts, every rank its generators. All
-    ranks must call it: under ZeRO, reading a parameter is a collective. ``extra`` is what else is to be saved, the same
-    on every rank; `read_extra` returns it.
+    ranks must call it: under ZeRO, reading a parameter is a collective. All tensors are copies in host memory, which
+    training does not change. ``extra`` is what else is to be saved, the same on every rank; `read_extra` returns it.
     """
     shared: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
@@ -73,8 +73,8 @@ def collect(
                     experts[f"{kind}/{expert_name(name, expert)}"] = one
     files: dict[str, dict[str, Tensor]] = {}
     if rank == 0:
-        shared |= {f"buffer/{name}": buffer.cpu() for name, buffer in saved_buffers(engine.model)}
-        shared |= {f"extra/{name}": value.cpu() for name, value in (extra or {}).items()}
+        shared |= {f"buffer/{name}": _copy(buffer) for name, buffer in saved_buffers(engine.model)}
+        shared |= {f"extra/{name}": _copy(value) for name, value in (extra or {}).items()}
         files["shared.safetensors"] = shared
     if experts:
         files[f"experts-{held.start:05d}-{held.stop - 1:05d}.safetensors"] = experts
@@ -172,6 +172,10 @@ def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield name, buffer
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
 
 
 def _restore_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:

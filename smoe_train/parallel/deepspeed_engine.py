@@ -85,6 +85,8 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.gradient_norm: Tensor | float = float("nan")
+        self._refused = False
+        self._watch_updates()
 
     @property
     def model(self) -> nn.Module:
@@ -102,20 +104,37 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
-    def step(self, learning_rate: float, frozen: bool = False) -> None:
+    def step(self, learning_rate: float, frozen: bool = False, refuse: bool = False) -> bool:
         """Clips, updates the parameters and clears the gradients; see `smoe_train.training.engine.Engine`."""
         for group in self._optimizer.param_groups:
             # Adam moves nothing at a rate of 0, whatever its moments and weight decay are.
             group["lr"] = 0.0 if frozen and group.get("late_frozen") else learning_rate
         if self._stage == 0:
-            self._clip()
+            norm = self._clip()
+            self._refused = refuse or not bool(norm.isfinite())
+            self._engine.step()
+            return not self._refused
+        self._refused = refuse
         self._engine.step()
-        if self._stage > 0:
-            if not self._linked:
-                self._link_optimizer_states()
-            self.gradient_norm = self._engine.get_global_grad_norm()
+        updated = bool(self._engine.was_step_applied())
+        if updated and not self._linked:
+            self._link_optimizer_states()
+        self.gradient_norm = self._engine.get_global_grad_norm()
+        return updated
 
-    def _clip(self) -> None:
+    def _watch_updates(self) -> None:
+        """Lets the optimizer pass over a step without an update: DeepSpeed does so for low precisions only."""
+        optimizer = self._optimizer
+        if self._stage == 0:
+            update = optimizer.step
+            optimizer.step = lambda *arguments, **options: None if self._refused else update(*arguments, **options)
+        else:
+            found = optimizer.has_overflow
+            optimizer.has_overflow = lambda partition_gradients=True: self._refused or found(partition_gradients)
+            # Without it ZeRO looks at norms alone in fp32, and means of them over ranks hide one that is not finite.
+            optimizer.check_grad_overflow = True
+
+    def _clip(self) -> Tensor:
         shared, experts = torch.zeros(2, device=self._process.device).unbind()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         for parameter in parameters:
@@ -133,6 +152,7 @@ class DeepSpeedEngine:
             for parameter in parameters:
                 parameter.grad.mul_(scale)  # type: ignore[union-attr]
         self.gradient_norm = norm
+        return norm
 
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Returns fp32 copies of a parameter's master weights and moments; a collective under ZeRO.

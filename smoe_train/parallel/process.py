@@ -102,11 +102,15 @@ class Process:
 
     def any(self, flag: bool) -> bool:
         """Returns whether the flag is set on any rank; waits for the other hosts, not for a device."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Returns of each flag whether it is set on any rank, in one exchange."""
         if self.world_size == 1:
-            return flag
-        total = torch.tensor([int(flag)])
-        dist.all_reduce(total, group=self.control)
-        return bool(total.item())
+            return list(flags)
+        totals = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(totals, group=self.control)
+        return [total > 0 for total in totals.tolist()]
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Returns every rank's object, in rank order, on every rank."""

@@ -26,12 +26,18 @@ class Engine(StateAccess, Protocol):
         """Adds one micro-batch's share of the step's gradients."""
         ...
 
-    def step(self, learning_rate: float, frozen: bool = False) -> None:
+    def step(self, learning_rate: float, frozen: bool = False, refuse: bool = False) -> bool:
         """Clips, updates the parameters and clears the gradients.
+
+        Nothing is updated if a gradient is not finite on any rank: weights and moments stay what they are, to the bit.
 
         Args:
             learning_rate: Of this step.
             frozen: Whether the groups marked ``late_frozen`` stay what they are, to the bit.
+            refuse: Whether to clear the gradients only; the same on every rank.
+
+        Returns:
+            Whether the parameters were updated, the same on every rank.
         """
         ...
 
@@ -78,13 +84,16 @@ class LocalEngine:
         """Adds one micro-batch's share of the step's gradients."""
         (loss / self._accumulation_steps).backward()
 
-    def step(self, learning_rate: float, frozen: bool = False) -> None:
-        """Clips, updates the parameters and clears the gradients."""
+    def step(self, learning_rate: float, frozen: bool = False, refuse: bool = False) -> bool:
+        """Clips, updates the parameters and clears the gradients, unless they are not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0 if frozen and group.get("late_frozen") else learning_rate
         self.gradient_norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
-        self._optimizer.step()
+        updated = not refuse and bool(self.gradient_norm.isfinite())
+        if updated:
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return updated
 
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Returns copies of a parameter's weight and, once there are some, its moments."""

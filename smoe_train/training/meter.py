@@ -43,6 +43,10 @@ class Meter:
         self._micro.append({"loss": objective.task.detach(), **router_losses})
         add_stats(self._step_stats, objective.output.routing_stats)
 
+    def step_is_finite(self) -> bool:
+        """Returns whether the losses of the step so far are finite on this rank; waits for the device."""
+        return bool(sum_of(self._micro, "loss").isfinite())
+
     def end_step(self, facts: Mapping[str, Any], weights: Mapping[str, float]) -> StatSums:
         """Closes a step: its losses are the means over its micro-batches.
 

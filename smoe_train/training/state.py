@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -17,12 +17,18 @@ class TrainState:
         best_cost: Lowest cost of a validation so far: its loss, or the negative score of a classifier; None before the
             first.
         best_step: Its step.
+        validated_step: Step of the newest validation; one that is due was interrupted if it is older.
+        left_out: Steps, counted from 1, that pass without an update, since the run was taken back behind them.
+        alarms: What the alarms remember of the steps so far.
     """
 
     step: int = 0
     tokens: int = 0
     best_cost: float | None = None
     best_step: int | None = None
+    validated_step: int | None = None
+    left_out: list[int] = field(default_factory=list)
+    alarms: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the values as JSON holds them."""
@@ -30,5 +36,6 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
-        """Returns the state that `to_json` wrote."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        """Returns the state that `to_json` wrote, also that of an older version, which knew less of itself."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{"validated_step": values["step"], **known})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,36 @@ class Validation:
     routing: StatSums
 
 
+class Interrupted(Exception):  # noqa: N818 - nothing is wrong
+    """A validation was broken off, since the run is to stop."""
+
+
+class Interruptible:
+    """Batches of which no more come once the run is to stop.
+
+    Args:
+        batches: All of them; every rank has the same number.
+        stopping: Returns whether to stop, the same on every rank; all ranks call it for every batch.
+    """
+
+    def __init__(self, batches: EvaluationBatches | ExampleBatches, stopping: Callable[[], bool]) -> None:
+        self._batches, self._stopping = batches, stopping
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for batch in self._batches:
+            if self._stopping():
+                raise Interrupted
+            yield batch
+
+
+def never() -> bool:
+    """Returns that nothing is to stop."""
+    return False
+
+
 class Task(Protocol):
     """What the trainer needs to know of a task."""
 
@@ -59,7 +89,11 @@ class Task(Protocol):
         ...
 
     def validate(self, knobs: Sequence[Knobs]) -> list[Validation]:
-        """Returns the result of each way to run the model; all ranks call it."""
+        """Returns the result of each way to run the model; all ranks call it.
+
+        Raises:
+            Interrupted: The run is to stop.
+        """
         ...
 
     def figures(self, loss: float) -> dict[str, float]:
@@ -78,6 +112,7 @@ class LanguageModelling:
         valid: What the validation split's tokens stand for.
         device: Where to compute.
         sum_over_ranks: Adds a tensor up over the ranks.
+        stopping: Returns whether the run is to stop, the same on every rank.
     """
 
     model: SmoePreTrainedModel
@@ -86,6 +121,7 @@ class LanguageModelling:
     valid: TextFigures
     device: torch.device
     sum_over_ranks: Callable[[Tensor], Tensor]
+    stopping: Callable[[], bool] = never
     split: str = "valid"
 
     def objective(self, forward: Forward, batch: MicroBatch, knobs: Knobs, totals: StepTotals | None) -> Objective:
@@ -94,7 +130,8 @@ class LanguageModelling:
 
     def validate(self, knobs: Sequence[Knobs]) -> list[Validation]:
         """Returns cross-entropy, which chooses checkpoints, bits per byte and perplexity."""
-        scores = evaluate_language_model(self.model, self.batches, knobs, self.valid, self.device, self.sum_over_ranks)
+        batches = Interruptible(self.batches, self.stopping)
+        scores = evaluate_language_model(self.model, batches, knobs, self.valid, self.device, self.sum_over_ranks)
         return [Validation(one.top_k, one.loss, one.loss, one.to_json(), one.routing) for one in scores]
 
     def figures(self, loss: float) -> dict[str, float]:
@@ -113,6 +150,7 @@ class Classification:
         labels: Labels of the validation examples, float64 [N].
         device: Where to compute.
         sum_over_ranks: Adds a tensor up over the ranks.
+        stopping: Returns whether the run is to stop, the same on every rank.
     """
 
     model: SmoePreTrainedModel
@@ -121,6 +159,7 @@ class Classification:
     labels: Any
     device: torch.device
     sum_over_ranks: Callable[[Tensor], Tensor]
+    stopping: Callable[[], bool] = never
     split: str = "selection"
 
     def objective(self, forward: Forward, batch: MicroBatch, knobs: Knobs, totals: StepTotals | None) -> Objective:
@@ -129,8 +168,9 @@ class Classification:
 
     def validate(self, knobs: Sequence[Knobs]) -> list[Validation]:
         """Returns the task's metrics, whose mean chooses checkpoints."""
+        batches = Interruptible(self.batches, self.stopping)
         scores = evaluate_classifier(
-            self.model, self.batches, knobs, self.task, self.labels, self.device, self.sum_over_ranks
+            self.model, batches, knobs, self.task, self.labels, self.device, self.sum_over_ranks
         )
         return [Validation(one.top_k, one.loss, one.cost, one.to_json(), one.routing) for one in scores]
 
@@ -139,4 +179,4 @@ class Classification:
         return {}
 
 
-__all__ = ["Classification", "LanguageModelling", "Task", "Validation"]
+__all__ = ["Classification", "Interrupted", "LanguageModelling", "Task", "Validation"]

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from smoe_train.checkpoint import Checkpoint, CheckpointStore, collect, restore
+from smoe_train.checkpoint import Checkpoint, CheckpointStore, restore
+from smoe_train.checkpoint.rank_state import capture_random_state, restore_random_state
 from smoe_train.data.batches.loader import Indices, MicroBatch, TrainBatches
-from smoe_train.errors import RunFailedError, RunStoppedError
+from smoe_train.errors import CheckFailedError, RunFailedError, RunStoppedError
 from smoe_train.evaluation import StatSums
 from smoe_train.model import SmoePreTrainedModel
 from smoe_train.reporting import Journal
 from smoe_train.routing import StepTotals
 from smoe_train.schedules import Curriculum, Knobs, LearningRateConfig, learning_rate
 from smoe_train.training import self_test
+from smoe_train.training.alarms import Alarm, Alarms
 from smoe_train.training.complexity import SampleOrder
 from smoe_train.training.config import EvaluationConfig, TrainingConfig
+from smoe_train.training.diagnosis import find_non_finite
 from smoe_train.training.engine import Engine
 from smoe_train.training.meter import Meter, routing_records
+from smoe_train.training.saving import Saver
 from smoe_train.training.state import TrainState
 from smoe_train.training.stop import StopRequest
-from smoe_train.training.task import Task, Validation
+from smoe_train.training.task import Interrupted, Task, Validation
 
 if TYPE_CHECKING:
     from smoe_train.parallel.process import Process
+
+CALMER = "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps, and resume"
 
 
 @dataclass
@@ -43,20 +49,21 @@ class Trainer:
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between records being read from the device.
         seed: Run seed.
-        expert_parallel_size: Ranks that share one set of experts.
         engine: Runs, differentiates and updates the model.
         model: The model inside the engine.
         process: This process among its peers.
         batches: Training batches of this rank.
         task: What the run is trained and judged on.
-        store: Where checkpoints go.
+        store: Where checkpoints are.
+        saver: Writes them.
+        alarms: Judge steps that are not finite, loss spikes and collapsed routers.
         journal: Where records go; None on all ranks but the first.
         identity: What a checkpoint must agree on to be resumed, saved with it.
         score_key: What a validation was measured on; costs with different keys are not compared.
-        tokenizer: Files of the tokenizer, saved with each checkpoint.
         further_state: What else each checkpoint says of the run.
         sample_order: Orders each epoch but the first by difficulty; None leaves them shuffled.
         stop: Whether the run was asked to stop.
+        beat: Told at every step, validation and save that this rank is alive.
         state: Where training stands.
         rehearsal: Whether to stop after the first step, which is written nowhere: for the self-test alone.
         not_judged: Losses that were 0 in the self-test.
@@ -69,20 +76,21 @@ class Trainer:
     checkpoint_every: int
     log_every: int
     seed: int
-    expert_parallel_size: int
     engine: Engine
     model: SmoePreTrainedModel
     process: Process
     batches: TrainBatches
     task: Task
     store: CheckpointStore
+    saver: Saver
+    alarms: Alarms
     journal: Journal | None
     identity: dict[str, Any]
     score_key: list[Any]
-    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
     further_state: Mapping[str, Any] = field(default_factory=dict)
     sample_order: SampleOrder | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+    beat: Callable[[str], None] = field(default=lambda phase: None)
     state: TrainState = field(default_factory=TrainState)
     rehearsal: bool = False
     not_judged: list[str] = field(default_factory=list)
@@ -91,6 +99,7 @@ class Trainer:
         """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
         restore(self.engine, checkpoint, self.process.rank, self.seed, self.process.device)
         self.state = TrainState.from_json(checkpoint.state["train"])
+        self.alarms.restore(self.state.alarms)
         if self.sample_order is not None:
             self.sample_order.restore(checkpoint)
         # What was best counts on only if it was measured alike and its checkpoint is one of this run's.
@@ -102,22 +111,35 @@ class Trainer:
         """Trains to the last step and returns where training stands.
 
         Raises:
-            RunFailedError: The loss or the gradient is not finite any more.
+            RunFailedError: Steps are not finite, or checkpoints cannot be written, more often than the recipe allows.
+            CheckFailedError: An alarm that is to end the run.
             RunStoppedError: The run was asked to stop and has written its checkpoint.
         """
+        self.model.train()
+        untrained = self._self_test() if self.config.self_test and self.state.step == 0 else None
+        if self.state.step > 0 and self.state.validated_step != self.state.step and self._validation_is_due():
+            self._at_boundary(stop=False, save=False)  # the run was stopped in the middle of it
+        while (alarm := self._train_from_here(untrained)) is not None:
+            self._go_back(alarm)
+            untrained = None
+        self.saver.settle(last=not self.rehearsal)
+        return self.state
+
+    def _train_from_here(self, untrained: dict[str, tuple[range, Tensor]] | None) -> Alarm | None:
+        """Trains to the last step, or until an alarm that takes training back."""
         max_steps = self.config.max_steps
         state, engine = self.state, self.engine
         routers = self.model.routers().values()
         adapting = "router" not in self.model.frozen_parts and any(router.adapts() for router in routers)
         meter = Meter(self.process.world_size, self.process.sum, self.model.config.loss_coefficients())
         count_ahead = self._must_count_ahead()
-        self.model.train()
-        untrained = self._self_test() if self.config.self_test and state.step == 0 else None
         next_order = None if self.sample_order is None else self._order_samples
         for micro_batches in self.batches.steps(state.step, max_steps, next_order):
+            self.beat("train")
             knobs = self.curriculum.knobs(state.step)
             rate = learning_rate(self.learning_rate, state.step, max_steps)
             micro_batches = [batch.to(self.process.device) for batch in micro_batches]
+            generators = capture_random_state(self.process.device)
             totals = self._count(micro_batches, knobs) if count_ahead else None
             for batch in micro_batches:
                 objective = self.task.objective(engine.forward, batch, knobs, totals)
@@ -125,42 +147,127 @@ class Trainer:
                 meter.add(objective)
                 if self.sample_order is not None:
                     self.sample_order.recorder.add(batch, objective.output.experts_of_token or {})
-            engine.step(rate, frozen=any(router.frozen(state.step) for router in routers))
+            stop, writing, not_finite = self.process.any_of(
+                self.stop.requested, self.store.busy, not meter.step_is_finite()
+            )
+            left_out = state.step + 1 in state.left_out
+            frozen = any(router.frozen(state.step) for router in routers)
+            updated = engine.step(rate, frozen=frozen, refuse=left_out or not_finite)
 
             state.step += 1
             state.tokens += self.batches.tokens_of(state.step - 1)
-            stats = meter.end_step(
-                {
-                    "step": state.step,
-                    "tokens": state.tokens,
-                    "learning_rate": rate,
-                    "top_k": knobs.top_k,
-                    "gradient_norm": engine.gradient_norm,
-                },
-                knobs.loss_weights,
-            )
-            if untrained is not None:
+            facts = {
+                "step": state.step,
+                "tokens": state.tokens,
+                "learning_rate": rate,
+                "top_k": knobs.top_k,
+                "gradient_norm": engine.gradient_norm,
+            }
+            stats = meter.end_step(facts if updated else {**facts, "skipped": True}, knobs.loss_weights)
+            if updated and untrained is not None:
                 self._require_expert_update(untrained, stats)
                 untrained = None
-            if adapting:
+            if updated and adapting:
                 self.adapt_routers(stats)
             if self.rehearsal:
-                return state
+                return None
 
-            last = state.step == max_steps
-            evaluate = last or state.step % self.evaluation.every_steps == 0
-            save = last or state.step % self.checkpoint_every == 0
-            stop = self.process.any(self.stop.requested)
-            if evaluate or save or stop or state.step % self.log_every == 0:
-                self._record(meter)
-            improved = evaluate and self._validate()
-            if save or improved or stop:
-                self._save(improved)
-            if stop and not last:
-                raise RunStoppedError(f"stopped as asked after step {state.step}; the same command resumes the run")
-            if evaluate or save:
+            fault = None if left_out else self.alarms.judge_step(state.step, finite=updated)
+            save = state.step == max_steps or state.step % self.checkpoint_every == 0
+            if fault or stop or save or self._validation_is_due() or state.step % self.log_every == 0:
+                alarms = self._record(meter)
+                if fault is not None:
+                    where = self._find_non_finite(micro_batches, knobs, totals, generators)
+                    alarms = [replace(fault, message=f"{fault.message}: {where}"), *alarms]
+                for alarm in alarms:
+                    if self._raise(alarm):
+                        return alarm
+            if self.store.saving and not writing:
+                self.saver.advance()
+            if stop or save or self._validation_is_due():
+                self._at_boundary(stop, save)
                 meter.pause()
-        return state
+        return None
+
+    def _validation_is_due(self) -> bool:
+        return self.state.step == self.config.max_steps or self.state.step % self.evaluation.every_steps == 0
+
+    def _at_boundary(self, stop: bool, save: bool) -> None:
+        """Validates and saves after a step, as far as it is time to."""
+        improved = False
+        if self._validation_is_due() and not stop:
+            self.beat("validate")
+            try:
+                improved = self._validate()
+            except Interrupted:
+                stop = True
+        if save or improved or stop:
+            self.beat("save")
+            self._save(improved)
+        if stop:
+            self.saver.settle(last=True)
+            if self.state.step < self.config.max_steps or self.state.validated_step != self.state.step:
+                raise RunStoppedError(
+                    f"stopped {self.stop.reason} after step {self.state.step}; the same command resumes the run"
+                )
+
+    def _find_non_finite(
+        self, micro_batches: list[MicroBatch], knobs: Knobs, totals: StepTotals | None, generators: dict[str, Tensor]
+    ) -> str:
+        """Returns what in the last step was not finite first, by running it again as it was."""
+
+        def losses() -> Iterator[Tensor]:
+            restore_random_state(generators, self.process.device)
+            for batch in micro_batches:
+                yield self.task.objective(self.model, batch, knobs, totals).total
+
+        found = self.process.gather_objects(find_non_finite(self.model, losses))
+        first = min(((one.order, rank, one.text) for rank, one in enumerate(found) if one is not None), default=None)
+        if first is None:
+            return "running it again gave finite numbers, so it was a passing fault, of the hardware perhaps"
+        return f"first on rank {first[1]}, {first[2]}"
+
+    def _raise(self, alarm: Alarm) -> bool:
+        """Says what is wrong and returns whether training has to go back; all ranks call it.
+
+        Raises:
+            RunFailedError: Too many steps were not finite.
+            CheckFailedError: Another alarm that is to end the run.
+        """
+        if alarm.action == "stop":
+            message = f"{alarm.message}; the newest checkpoint is from before"
+            raise RunFailedError(f"{message}. {CALMER}") if alarm.name == "non_finite" else CheckFailedError(message)
+        end = {"skip": "; weights and moments stay as they were", "rollback": "; going back to a checkpoint"}
+        self.note(f"warning: {alarm.message}{end.get(alarm.action, '')}")
+        return alarm.action == "rollback"
+
+    def _go_back(self, alarm: Alarm) -> None:
+        """Takes the run back to the newest sound checkpoint before an alarm, whose steps it then leaves out.
+
+        Raises:
+            RunFailedError: There is no such checkpoint.
+        """
+        self.saver.settle()
+        checkpoint = self.store.newest_sound(self.note, at_most=alarm.since - 1)
+        if checkpoint is None:
+            raise RunFailedError(f"{alarm.message}; there is no checkpoint before it to go back to. {CALMER}")
+        aside = [self.store.set_aside(path) for path in self.store.later_than(checkpoint.step) if self.process.is_first]
+        self.process.barrier()
+        left_out, alarms = {*self.state.left_out, *range(alarm.since, alarm.step + 1)}, self.alarms.to_json()
+        self.resume(checkpoint)
+        self.alarms.go_back(alarms)
+        self.state.left_out = sorted({*self.state.left_out, *left_out})
+        if self.journal is not None:
+            self.journal.rewind(checkpoint.step)
+        self.note(
+            f"went back to {checkpoint.path.name}; on the way steps {alarm.since} to {alarm.step} change nothing"
+            + "".join(f"; {path.name} is set aside" for path in aside)
+        )
+
+    def note(self, text: str) -> None:
+        """Shows a line to whoever watches."""
+        if self.journal is not None:
+            self.journal.note(text)
 
     def _self_test(self) -> dict[str, tuple[range, Tensor]]:
         """Checks what each loss trains; returns the experts' fingerprints for the check after the first step."""
@@ -202,25 +309,16 @@ class Trainer:
         totals.finish()
         return totals
 
-    def _record(self, meter: Meter) -> None:
-        """Reads the meter, writes the records, and refuses to go on without finite numbers."""
+    def _record(self, meter: Meter) -> list[Alarm]:
+        """Reads the meter, writes the records and returns the alarms that they raise, on every rank the same."""
         steps, routing = meter.read()
         if self.journal is not None:
             self.journal.metrics(
                 [{"split": "train", **record, **self.task.figures(record["loss"])} for record in steps]
             )
             self.journal.routing([{"step": self.state.step, "split": "train", **record} for record in routing])
-        for record in steps:
-            # A step may have a finite loss and a gradient that is not, which only its successors' losses would show.
-            self._require_finite("training loss", record["loss"], record["step"])
-            self._require_finite("gradient norm", record["gradient_norm"], record["step"])
-
-    def _require_finite(self, name: str, value: float | None, step: int) -> None:
-        if value is not None and not math.isfinite(value):  # DeepSpeed has no norm for a step that it skipped
-            raise RunFailedError(
-                f"step {step}: the {name} is {value}; no checkpoint was written since. "
-                "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps, and resume"
-            )
+        alarms: list[Alarm] = self.process.broadcast_object(self.alarms.judge(steps, routing))
+        return alarms
 
     def _validate(self) -> bool:
         """Scores the validation split on all ranks; returns whether it is the best so far."""
@@ -229,7 +327,12 @@ class Trainer:
             [self.curriculum.evaluation_knobs(self.state.step, top_k) for top_k in top_k_values]
         )
         first = results[0]
-        self._require_finite("validation loss", first.loss, self.state.step)
+        self.state.validated_step = self.state.step
+        if not math.isfinite(first.loss):
+            raise RunFailedError(
+                f"step {self.state.step}: the validation loss is {first.loss}; no "
+                f"checkpoint was written since the last validation. {CALMER} from an older checkpoint: --resume PATH"
+            )
         routing = routing_records(first.routing, first.top_k, self.process.sum)
         split = self.task.split
         if self.journal is not None:
@@ -244,22 +347,24 @@ class Trainer:
         return {"step": self.state.step, "split": self.task.split, **result.record, "tokens": self.state.tokens}
 
     def _save(self, best: bool) -> None:
-        """Writes a checkpoint together with the other ranks."""
-        extra = self.sample_order.tensors() if self.sample_order is not None else {}
-        files = collect(self.engine, self.process.rank, self.expert_parallel_size, self.process.device, extra)
+        """Starts to write a checkpoint together with the other ranks."""
+        self.state.alarms = self.alarms.to_json()
         state = {
             "train": self.state.to_json(),
             "optimizer_steps": self.engine.optimizer_steps(),
             "world_size": self.process.world_size,
-            "expert_parallel_size": self.expert_parallel_size,
+            "expert_parallel_size": self.saver.expert_parallel_size,
             "identity": self.identity,
             "score_key": self.score_key,
             "threshold": self.curriculum.evaluation_knobs(self.state.step).threshold,
             **self.further_state,
         }
-        path = self.store.save(self.state.step, files, state, best, self.tokenizer)
-        if self.journal is not None:
-            self.journal.note(f"checkpoint {path}{' (best so far)' if best else ''}")
+        extra = self.sample_order.tensors() if self.sample_order is not None else {}
+        self.saver.save(self.state.step, state, extra, best)
+
+    def forget_best(self) -> None:
+        """Lets the next validation be the best: the checkpoint of the last best one could not be written."""
+        self.state.best_cost, self.state.best_step = None, None
 
     def adapt_routers(self, stats: StatSums) -> None:
         """Gives routers that keep statistics the sums of the step over all ranks, in one reduction."""

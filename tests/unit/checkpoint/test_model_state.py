@@ -11,7 +11,7 @@ from support.tiny import tiny_recipe
 import smoe_train
 from smoe_train.assembly import build_engine, build_model
 from smoe_train.checkpoint import CheckpointStore, collect, load_weights, read_extra, restore, seed_everything
-from smoe_train.checkpoint.store import Checkpoint
+from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.cli.run_folder import OneRank
 from smoe_train.data.batches.loader import MicroBatch
 from smoe_train.errors import CheckpointError

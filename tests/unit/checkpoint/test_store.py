@@ -12,8 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import smoe_train.checkpoint.manifest as manifest_module
 import smoe_train.checkpoint.store as store_module
-from smoe_train.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, sha256, step_name
+import smoe_train.checkpoint.writing as writing_module
+from smoe_train.checkpoint.folders import MANIFEST, step_name
+from smoe_train.checkpoint.manifest import Checkpoint, sha256
+from smoe_train.checkpoint.store import CheckpointStore
 from smoe_train.errors import CheckpointError, RunFailedError
 
 
@@ -160,8 +164,8 @@ CALLS = [
     (pathlib.Path, "mkdir"),
     (builtins, "open"),
     (shutil, "rmtree"),
-    (store_module, "save_file"),
-    (store_module, "sha256"),
+    (writing_module, "save_file"),
+    (writing_module, "sha256"),
 ]
 
 
@@ -258,7 +262,7 @@ def test_a_failed_save_says_what_and_where_and_leaves_nothing(tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "save_file", full)
+    monkeypatch.setattr(writing_module, "save_file", full)
     with pytest.raises(RunFailedError, match=r"step-00000030: could not be written: rank 0: OSError: .*No space left"):
         save(store_in(tmp_path), 30)
     assert names(tmp_path) == before
@@ -333,7 +337,7 @@ def test_an_unreadable_file_is_a_damaged_one(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(store_module, "sha256", bad_disk)
+    monkeypatch.setattr(manifest_module, "sha256", bad_disk)
     found, warnings = newest(tmp_path)
     assert found.step == 10
     assert "cannot be read: Input/output error" in warnings[0]

@@ -1,0 +1,102 @@
+"""Checkpoints of a run that is training: copied between two steps, written while it goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from smoe_train.checkpoint import CheckpointStore, collect
+from smoe_train.checkpoint.store import Saved
+from smoe_train.errors import RunFailedError
+from smoe_train.training.engine import Engine
+
+if TYPE_CHECKING:
+    from smoe_train.parallel.process import Process
+
+
+@dataclass
+class Saver:
+    """Saves the state of a run together with the other ranks.
+
+    Attributes:
+        engine: Holds weights and moments.
+        process: This process among its peers.
+        store: Where checkpoints go.
+        expert_parallel_size: Ranks that share one set of experts.
+        tokenizer: Files of the tokenizer, saved with each checkpoint.
+        background: Whether training goes on while a checkpoint is written.
+        failures_allowed: Saves in a row that may fail before the run ends.
+        note: Tells on rank 0 whoever watches.
+        lost_best: Called on every rank when the checkpoint that was to be the best could not be written.
+    """
+
+    engine: Engine
+    process: Process
+    store: CheckpointStore
+    expert_parallel_size: int
+    tokenizer: Mapping[str, bytes]
+    background: bool = True
+    failures_allowed: int = 0
+    note: Callable[[str], None] = field(default=lambda text: None)
+    lost_best: Callable[[], None] = field(default=lambda: None)
+    failures: int = 0
+
+    def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Tensor], best: bool) -> None:
+        """Copies the state and starts to write it; all ranks call it between two steps.
+
+        Args:
+            step: Optimizer steps taken.
+            state: What to store besides tensors, JSON values.
+            extra: What else to save, the same on every rank.
+            best: Whether it is the best checkpoint so far.
+
+        Raises:
+            RunFailedError: Too many saves in a row have failed.
+        """
+        self.settle()  # of one that takes longer than the steps between two
+        files = collect(self.engine, self.process.rank, self.expert_parallel_size, self.process.device, extra)
+        self.store.begin(step, files, state, best, self.tokenizer)
+        if not self.background:
+            self.settle()
+
+    def advance(self) -> None:
+        """Goes on with a save under way, for which no rank is writing any more; all ranks call it between two steps.
+
+        Raises:
+            RunFailedError: Too many saves in a row have failed.
+        """
+        if self.store.saving:
+            self._judge(self.store.advance())
+
+    def settle(self, last: bool = False) -> None:
+        """Waits until nothing is being saved any more; all ranks call it.
+
+        Args:
+            last: Whether no other save follows, so that it must not fail.
+
+        Raises:
+            RunFailedError: Too many saves in a row have failed, or the last one.
+        """
+        self._judge(self.store.settle())
+        if last and self.failures:
+            raise RunFailedError("the last checkpoint of the run could not be written; see above")
+
+    def _judge(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        if saved.problem is None:
+            self.failures = 0
+            self.note(f"checkpoint {saved.path}{' (best so far)' if saved.best else ''}")
+            return
+        self.failures += 1
+        if saved.best:
+            self.lost_best()
+        if self.failures > self.failures_allowed:
+            in_a_row = f"{self.failures} saves in a row, checkpoint.failures_allowed is {self.failures_allowed}"
+            raise RunFailedError(f"{saved.problem} ({in_a_row})")
+        if self.process.is_first:
+            print(f"warning: {saved.problem}; training goes on, the next save tries again", file=sys.stderr)
