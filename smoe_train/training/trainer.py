@@ -235,6 +235,7 @@ class Trainer:
             CheckFailedError: Another alarm that is to end the run.
         """
         if alarm.action == "stop":
+            self.saver.settle()
             message = f"{alarm.message}; the newest checkpoint is from before"
             raise RunFailedError(f"{message}. {CALMER}") if alarm.name == "non_finite" else CheckFailedError(message)
         end = {"skip": "; weights and moments stay as they were", "rollback": "; going back to a checkpoint"}
@@ -255,7 +256,8 @@ class Trainer:
         self.process.barrier()
         left_out, alarms = {*self.state.left_out, *range(alarm.since, alarm.step + 1)}, self.alarms.to_json()
         self.resume(checkpoint)
-        self.alarms.go_back(alarms)
+        self.alarms.restore(alarms)
+        self.alarms.go_back(self.state.alarms)
         self.state.left_out = sorted({*self.state.left_out, *left_out})
         if self.journal is not None:
             self.journal.rewind(checkpoint.step)
@@ -329,6 +331,7 @@ class Trainer:
         first = results[0]
         self.state.validated_step = self.state.step
         if not math.isfinite(first.loss):
+            self.saver.settle()
             raise RunFailedError(
                 f"step {self.state.step}: the validation loss is {first.loss}; no "
                 f"checkpoint was written since the last validation. {CALMER} from an older checkpoint: --resume PATH"

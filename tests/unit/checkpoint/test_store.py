@@ -330,7 +330,7 @@ def test_all_damaged_files_are_named_together(tmp_path):
 
 def test_an_unreadable_file_is_a_damaged_one(tmp_path, monkeypatch):
     two_checkpoints(tmp_path)
-    real = store_module.sha256
+    real = manifest_module.sha256
 
     def bad_disk(path):
         if path.parent.name == "step-00000020":
@@ -348,7 +348,7 @@ def rewritten(path, **changes):
     manifest = json.loads((path / MANIFEST).read_text())
     manifest |= changes
     manifest.pop("sha256")
-    manifest["sha256"] = store_module._text_sha256(store_module._canonical(manifest))
+    manifest["sha256"] = manifest_module._text_sha256(manifest_module._canonical(manifest))
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -370,7 +370,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 3},
         {"step": "x"},
         {"step": None},
         {"state": 3},

@@ -167,7 +167,7 @@ def test_a_run_that_would_train_wrongly_ends_before_its_first_step(text, tmp_pat
 def test_a_run_whose_experts_stand_still_ends_after_its_first_step(text, tmp_path):
     trainer = start(text, tmp_path)
     step = trainer.engine.step
-    trainer.engine.step = lambda rate, frozen=False: step(0.0, frozen)
+    trainer.engine.step = lambda rate, **options: step(0.0, **options)
     with pytest.raises(CheckFailedError, match="the first optimizer step left experts"):
         trainer.train()
     assert trainer.store.complete() == []

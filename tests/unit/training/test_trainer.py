@@ -9,10 +9,11 @@ import torch
 from support.tiny import tiny_recipe
 
 from smoe_train.assembly import build_trainer, open_journal
-from smoe_train.checkpoint.store import Checkpoint
+from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.config import merge
 from smoe_train.errors import RunFailedError, RunStoppedError
 from smoe_train.parallel.process import Process
+from smoe_train.training.alarms import Alarm
 from smoe_train.training.stop import StopRequest
 
 STEPS = 7
@@ -145,7 +146,7 @@ def test_a_stop_request_ends_the_run_with_a_checkpoint(whole, text, tmp_path):
         return real(forward, batch, knobs, totals)
 
     trainer.task.objective = objective
-    with pytest.raises(RunStoppedError, match="stopped as asked after step 2; the same command resumes the run"):
+    with pytest.raises(RunStoppedError, match="stopped by SIGTERM after step 2; the same command resumes the run"):
         train(trainer)
     (path,) = trainer.store.complete()
     checkpoint = Checkpoint.open(path)
@@ -158,11 +159,48 @@ def test_a_stop_request_ends_the_run_with_a_checkpoint(whole, text, tmp_path):
     assert records(tmp_path, "train") == records(whole[0], "train"), "one file, no step twice, none missing"
 
 
-def test_a_request_in_the_last_step_is_no_reason_to_fail(text, tmp_path):
+def test_a_request_in_the_last_step_leaves_its_validation_to_the_next_command(whole, text, tmp_path):
     stop = StopRequest()
-    stop.signal = signal.SIGTERM
-    trainer = start(recipe_of(text, training={"max_steps": 1}, curriculum={"top_k": None}), tmp_path, stop=stop)
-    assert train(trainer).step == 1
+    trainer = start(recipe_of(text), tmp_path, stop=stop)
+    real = trainer.engine.step
+
+    def step(*arguments, **options):
+        if trainer.state.step == STEPS - 2:
+            stop.signal = signal.SIGTERM  # seen in the next step, the last
+        return real(*arguments, **options)
+
+    trainer.engine.step = step
+    with pytest.raises(RunStoppedError, match=f"after step {STEPS}"):
+        train(trainer)
+    assert [record["step"] for record in records(tmp_path, "valid")] == [4]
+    again = start(recipe_of(text), tmp_path, trainer.store.newest_sound(pytest.fail))
+    assert again.state.step == STEPS
+    train(again)
+    assert records(tmp_path, "valid") == records(whole[0], "valid")
+    assert again.state == whole[1].state
+
+
+def test_a_validation_is_broken_off_by_a_request_and_made_up_for(whole, text, tmp_path):
+    stop = StopRequest()
+    trainer = start(recipe_of(text), tmp_path, stop=stop)
+    forwards = [0]
+
+    def count(module, inputs):
+        forwards[0] += not module.training
+        if forwards[0] == 2:
+            stop.signal = signal.SIGTERM
+
+    trainer.model.register_forward_pre_hook(count)
+    with pytest.raises(RunStoppedError, match="stopped by SIGTERM after step 4"):
+        train(trainer)
+    assert forwards[0] == 2, "the whole validation has more batches"
+    assert records(tmp_path, "valid") == []
+    again = start(recipe_of(text), tmp_path, trainer.store.newest_sound(pytest.fail))
+    train(again)
+    for split in ("train", "valid"):
+        assert records(tmp_path, split) == records(whole[0], split)
+    assert again.state == whole[1].state
+    assert Checkpoint.open(again.store.find("best")).step == again.state.best_step
 
 
 def test_a_complete_run_has_nothing_left_to_do(whole, text, tmp_path):
@@ -192,10 +230,10 @@ def poison_gradient(trainer, step):
     parameter = next(trainer.model.parameters())
     real = trainer.engine.step
 
-    def engine_step(rate, frozen=False):
+    def engine_step(rate, **options):
         if trainer.state.step == step:
             parameter.grad[0, 0] = float("inf")
-        real(rate, frozen)
+        return real(rate, **options)
 
     trainer.engine.step = engine_step
 
@@ -205,25 +243,31 @@ def poison_validation(trainer, step):
     real = trainer._record
 
     def record(meter):
-        real(meter)
+        alarms = real(meter)
         if trainer.state.step == step + 1:
             with torch.no_grad():
                 next(trainer.model.parameters()).fill_(float("nan"))
+        return alarms
 
     trainer._record = record
+
+
+STOP = {"health": {"non_finite": {"action": "stop"}}}
+ROLLBACK = {"health": {"non_finite": {"action": "rollback"}}}
+PASSING = "running it again gave finite numbers"
 
 
 @pytest.mark.parametrize(
     ("poison", "step", "message"),
     [
-        (poison_loss, 3, "step 4: the training loss is nan"),
-        (poison_loss, 4, "step 5: the training loss is nan"),
-        (poison_gradient, 3, "step 4: the gradient norm is inf"),
+        (poison_loss, 3, "step 4: the loss or the gradient is not finite: first on rank 0, the loss"),
+        (poison_loss, 4, "step 5: the loss or the gradient is not finite: first on rank 0, the loss"),
+        (poison_gradient, 3, f"step 4: the loss or the gradient is not finite: {PASSING}"),
         (poison_validation, 3, "step 4: the validation loss is nan"),
     ],
 )
 def test_what_is_not_finite_ends_the_run_and_is_never_saved(text, tmp_path, poison, step, message):
-    trainer = start(recipe_of(text), tmp_path)
+    trainer = start(recipe_of(text, **STOP), tmp_path)
     poison(trainer, step)
     with pytest.raises(RunFailedError, match=message) as caught:
         train(trainer)
@@ -237,8 +281,83 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(text, tmp_path, pois
         assert math.isfinite(checkpoint.state["train"]["best_cost"] or 0.0)
 
 
-def test_a_run_that_fell_back_after_failing_goes_on_from_before(whole, text, tmp_path):
+def tensors_of(trainer, step):
+    checkpoint = Checkpoint.open(trainer.store.folder / f"step-{step:08d}")
+    return {name: digest for name, digest in checkpoint.tensor_sha256.items() if not name.startswith("random/")}
+
+
+@pytest.mark.parametrize("poison", [poison_loss, poison_gradient])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_position(text, tmp_path, poison):
+    every_step = {"checkpoint": {"every_steps": 1, "keep_last": 10}}
+    trainer = start(recipe_of(text, **every_step), tmp_path)
+    poison(trainer, 4)
+    state = train(trainer)
+    assert state.step == STEPS
+    assert tensors_of(trainer, 5) == tensors_of(trainer, 4) != tensors_of(trainer, 6)
+    assert trainer.engine.optimizer_steps() == STEPS - 1
+    found = records(tmp_path, "train")
+    assert [record["step"] for record in found if record.get("skipped")] == [5]
+    assert all(math.isfinite(float.fromhex(record["loss"])) for record in found if record["step"] != 5)
+
+
+def test_a_rollback_leaves_the_step_out_and_so_ends_where_skipping_does(text, tmp_path):
+    skipped = start(recipe_of(text), tmp_path / "skip")
+    poison_loss(skipped, 4)
+    train(skipped)
+    back = start(recipe_of(text, **ROLLBACK), tmp_path / "rollback")
+    poison_loss(back, 4)
+    state = train(back)
+    assert state.left_out == [5]
+    assert tensors_of(back, STEPS) == tensors_of(skipped, STEPS)
+    for split in ("train", "valid"):
+        assert records(tmp_path / "rollback", split) == records(tmp_path / "skip", split), "no step twice"
+
+
+def test_an_alarm_that_comes_late_sets_the_checkpoints_of_its_future_aside(text, tmp_path):
     trainer = start(recipe_of(text), tmp_path)
+    real, raised = trainer.alarms.judge, []
+
+    def judge(steps, routing):
+        found = real(steps, routing)
+        if steps[-1]["step"] >= 5 and not raised:
+            raised.append(Alarm("loss_spike", "rollback", 3, 5, "a spike"))
+            return raised
+        return found
+
+    trainer.alarms.judge = judge
+    state = train(trainer)
+    assert state.left_out == [3, 4, 5]
+    assert [record["step"] for record in records(tmp_path, "train")] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records(tmp_path, "train") if record.get("skipped")] == [3, 4, 5]
+    assert tensors_of(trainer, 4) == tensors_of(trainer, 2)
+    names = sorted(path.name.rpartition("-")[0] for path in trainer.store.folder.glob("abandoned-*"))
+    assert names == ["abandoned-step-00000004"]
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_ends(text, tmp_path):
+    trainer = start(recipe_of(text, **ROLLBACK), tmp_path)
+    poison_loss(trainer, 1)
+    with pytest.raises(RunFailedError, match="there is no checkpoint before it to go back to"):
+        train(trainer)
+
+
+def test_too_many_steps_in_a_row_end_the_run(text, tmp_path):
+    for recipe, name in ((recipe_of(text), "skip"), (recipe_of(text, **ROLLBACK), "rollback")):
+        trainer = start(recipe, tmp_path / name)
+        real = trainer.task.objective
+
+        def objective(forward, batch, knobs, totals, real=real):
+            found = real(forward, batch, knobs, totals)
+            factor = float("inf") if knobs.step >= 3 else 1.0
+            return type(found)(found.total * factor, found.task * factor, found.output)
+
+        trainer.task.objective = objective
+        with pytest.raises(RunFailedError, match="for the 3rd time in a row"):
+            train(trainer)
+
+
+def test_a_run_that_fell_back_after_failing_goes_on_from_before(whole, text, tmp_path):
+    trainer = start(recipe_of(text, **STOP), tmp_path)
     poison_loss(trainer, 4)
     with pytest.raises(RunFailedError):
         train(trainer)
