@@ -166,8 +166,8 @@ class SampleOrder:
             self.recorder.counts.copy_(saved["counted"])
         else:
             self.recorder.counts.zero_()
-        if "order" in saved:
-            self._batches.orders = {int(saved["epoch"]): saved["order"].numpy()}
+        # None of an epoch that the run has been in before it was taken back.
+        self._batches.orders = {int(saved["epoch"]): saved["order"].numpy()} if "order" in saved else {}
 
 
 __all__ = ["ComplexityRecorder", "SampleOrder"]

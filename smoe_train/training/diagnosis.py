@@ -75,14 +75,14 @@ def describe(findings: Sequence[Finding | None]) -> str:
     found = [(finding, rank) for rank, finding in enumerate(findings) if finding is not None]
     if not found:
         return (
-            "the same step computed again was finite on all ranks, so the fault was a passing one: of memory, of an "
-            "arithmetic unit or of communication"
+            "computed again, the step was finite on all ranks, so it was a passing fault, of memory, an arithmetic unit "
+            "or communication"
         )
     first, rank = min(found)
     others = [str(other) for finding, other in found if finding.order == first.order and other != rank]
     also = f" (at the same time on {', '.join(others)})" if others else ""
-    when = f"micro-batch {first.order[0]}, {'backward' if first.order[1] == BACKWARD else 'forward'}"
-    return f"first not finite on rank {rank}{also}, {when}: {first.text}"
+    when = f"in the {'backward' if first.order[1] == BACKWARD else 'forward'} pass of micro-batch {first.order[0]}"
+    return f"first on rank {rank}{also}, {first.text}, {when}"
 
 
 class _Search:

@@ -23,7 +23,7 @@ from smoe_train.training import self_test
 from smoe_train.training.alarms import Alarm, Alarms
 from smoe_train.training.complexity import SampleOrder
 from smoe_train.training.config import EvaluationConfig, TrainingConfig
-from smoe_train.training.diagnosis import find_non_finite
+from smoe_train.training.diagnosis import describe, find_non_finite
 from smoe_train.training.engine import Engine
 from smoe_train.training.meter import Meter, routing_records
 from smoe_train.training.saving import Saver
@@ -221,11 +221,7 @@ class Trainer:
             for batch in micro_batches:
                 yield self.task.objective(self.model, batch, knobs, totals).total
 
-        found = self.process.gather_objects(find_non_finite(self.model, losses))
-        first = min(((one.order, rank, one.text) for rank, one in enumerate(found) if one is not None), default=None)
-        if first is None:
-            return "running it again gave finite numbers, so it was a passing fault, of the hardware perhaps"
-        return f"first on rank {first[1]}, {first[2]}"
+        return describe(self.process.gather_objects(find_non_finite(self.model, losses)))
 
     def _raise(self, alarm: Alarm) -> bool:
         """Says what is wrong and returns whether training has to go back; all ranks call it.

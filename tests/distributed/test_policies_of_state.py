@@ -84,8 +84,8 @@ def router_history(recipe: Recipe) -> list[dict[str, tuple[Tensor, Tensor]]]:
     history: list[dict[str, tuple[Tensor, Tensor]]] = []
     step = trainer.engine.step
 
-    def step_and_look(rate: float, frozen: bool = False) -> None:
-        step(rate, frozen)
+    def step_and_look(rate: float, **options: bool) -> bool:
+        updated = step(rate, **options)
         history.append(
             {
                 name: (trainer.engine.read_state(parameter)["weight"], parameter.detach().clone())
@@ -93,6 +93,7 @@ def router_history(recipe: Recipe) -> list[dict[str, tuple[Tensor, Tensor]]]:
                 if ".router." in name
             }
         )
+        return updated
 
     trainer.engine.step = step_and_look  # type: ignore[method-assign]
     trainer._validate = lambda: False  # type: ignore[method-assign]

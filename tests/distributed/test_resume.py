@@ -32,11 +32,11 @@ def train(recipe: Recipe, folder: Path, stop_after: int | None = None, resume_fr
         step = trainer.engine.step
         calls = [trainer.state.step]
 
-        def step_or_die(rate: float, frozen: bool = False) -> None:
+        def step_or_die(rate: float, **options: bool) -> bool:
             if calls[0] == stop_after:
                 os._exit(0)
             calls[0] += 1
-            step(rate, frozen)
+            return step(rate, **options)
 
         trainer.engine.step = step_or_die  # type: ignore[method-assign]
     trainer.train()
@@ -236,19 +236,19 @@ def test_another_topology_continues_the_run(tmp_path: Path, text: Path, world_si
 
 
 def save_with_a_full_disk(recipe: Recipe, folder: Path) -> str:
-    """Rank 1 cannot write its second checkpoint."""
-    from smoe_train.checkpoint import store
+    """Rank 1 cannot write its second checkpoint; returns what the run ends with."""
+    from smoe_train.checkpoint import writing
 
     process = assembly.start_process(recipe)
     trainer = assembly.build_trainer(recipe, process, folder)
-    write = store.save_file
+    write = writing.save_file
 
     def failing(tensors: Any, path: Path) -> None:
         if process.rank == 1 and "step-00000004" in str(path):
             raise OSError(28, "No space left on device")
         write(tensors, path)
 
-    store.save_file = failing
+    writing.save_file = failing
     try:
         trainer.train()
     except RunFailedError as error:
@@ -256,8 +256,25 @@ def save_with_a_full_disk(recipe: Recipe, folder: Path) -> str:
     return ""
 
 
-def test_a_rank_that_cannot_write_fails_the_save_everywhere(tmp_path: Path, text: Path) -> None:
-    messages = run_ranks(2, save_with_a_full_disk, tiny_recipe(text, 2, parallel={"expert_parallel_size": 2}), tmp_path)
-    assert all("rank 1" in message and "No space left" in message for message in messages)
+@pytest.mark.parametrize("background", [True, False])
+def test_a_rank_that_cannot_write_fails_the_save_everywhere(tmp_path: Path, text: Path, background: bool) -> None:
+    recipe = tiny_recipe(
+        text,
+        2,
+        parallel={"expert_parallel_size": 2},
+        checkpoint={"failures_allowed": 0, "background": background},
+    )
+    messages = run_ranks(2, save_with_a_full_disk, recipe, tmp_path)
+    assert messages[0] == messages[1]
+    assert "rank 1: OSError: [Errno 28] No space left on device" in messages[0]
+    assert "MB are needed" in messages[0]
+    assert "are free there" in messages[0]
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["latest", "step-00000002"]
     Checkpoint.open(tmp_path / "checkpoints" / "step-00000002").verify()
+
+
+def test_a_save_that_fails_does_not_end_a_run_that_may_lose_it(tmp_path: Path, text: Path) -> None:
+    recipe = tiny_recipe(text, 2, parallel={"expert_parallel_size": 2}, checkpoint={"failures_allowed": 1})
+    assert run_ranks(2, save_with_a_full_disk, recipe, tmp_path) == ["", ""]
+    steps = [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))]
+    assert steps == ["step-00000002", "step-00000006", "step-00000008"]
