@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from smoe_train.durable import write_file
+from smoe_train.errors import RunFailedError
 
 ENVIRONMENT = "environment.json"
 
@@ -124,9 +125,18 @@ def environment(
 
 
 def write_environment(run_folder: Path, description: Mapping[str, Any]) -> Path:
-    """Writes ``environment.json`` atomically and returns its path."""
+    """Writes ``environment.json`` atomically and returns its path.
+
+    Raises:
+        RunFailedError: It cannot be written.
+    """
     path = run_folder / ENVIRONMENT
-    write_file(path, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
+    try:
+        write_file(path, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
+    except OSError as error:
+        raise RunFailedError(
+            f"{path}: cannot be written: {error.strerror}; make room or give access, then run the same command again"
+        ) from error
     return path
 
 

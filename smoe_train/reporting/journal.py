@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,10 @@ from smoe_train.reporting.config import ReportingConfig
 from smoe_train.reporting.records import METRICS, ROUTING, Record
 from smoe_train.reporting.sinks import Background, ConsoleSink, JsonLines, Sink, TensorboardSink, WandbSink
 
+# For all trackers together, and for the console, which is last to hear what became of them. With what a tracker may
+# ask for besides, the end of a run waits at most 2 seconds for sinks that are stuck.
 CLOSE_SECONDS = 0.8
+CONSOLE_SECONDS = 0.2
 
 
 def check_sinks(config: ReportingConfig) -> None:
@@ -33,9 +37,10 @@ def check_sinks(config: ReportingConfig) -> None:
 class Journal:
     """Writes the record of a run to disk and shows it elsewhere.
 
-    ``metrics.jsonl`` and ``routing.jsonl`` are complete and on the disk when a call returns. Console, W&B and
-    TensorBoard follow in threads of their own, and nothing that happens to them reaches the run. To lose no step, hand
-    over every record up to a step before the checkpoint of that step is committed.
+    ``metrics.jsonl`` and ``routing.jsonl`` are complete and on the disk when a call returns; what a failing disk does
+    not take waits in memory. Console, W&B and TensorBoard follow in threads of their own. Nothing that happens to any
+    of them once the run has begun reaches it. To lose no step, hand over every record up to a step before the
+    checkpoint of that step is committed.
 
     Args:
         run_folder: An existing folder.
@@ -47,7 +52,7 @@ class Journal:
             the run writes them again. None starts new files and sets aside what is there.
 
     Raises:
-        RunFailedError: The record cannot be written, or is damaged.
+        RunFailedError: The record is damaged or cannot be opened for writing.
         SmoeError: TensorBoard is asked for and not installed.
     """
 
@@ -64,38 +69,30 @@ class Journal:
         check_sinks(config)
         self._metrics = JsonLines(run_folder / METRICS, resume_from_step)
         self._routing = JsonLines(run_folder / ROUTING, resume_from_step)
-        sinks: list[Sink] = [
-            ConsoleSink(
-                total_steps=total_steps,
-                log_every_steps=config.log_every_steps,
-                start_step=resume_from_step or 0,
-            )
-        ]
+        console = ConsoleSink(
+            total_steps=total_steps, log_every_steps=config.log_every_steps, start_step=resume_from_step or 0
+        )
+        sinks: list[Sink] = []
         if config.tensorboard:
             sinks.append(TensorboardSink(run_folder, resume_from_step))
         if config.wandb is not None:
             resumed = resume_from_step is not None
             sinks.append(WandbSink(run_folder, config.wandb, run_name=run_name, recipe=recipe, resumed=resumed))
-        self._sinks = [Background(sink) for sink in sinks]
+        self._sinks = [Background(console)]
+        self._shown = _Shown(self.note)
+        logging.getLogger(__package__).addHandler(self._shown)
+        self._sinks += [Background(sink) for sink in sinks]
         self._note_state(resume_from_step)
 
     def metrics(self, records: Sequence[Record]) -> None:
-        """Records losses and rates: ``step`` (int) and ``split`` are required, see ``metrics.jsonl`` for the rest.
-
-        Raises:
-            RunFailedError: The record cannot be written.
-        """
+        """Records losses and rates: ``step`` (int) and ``split`` are required, see ``metrics.jsonl`` for the rest."""
         if records:
             self._metrics.append(records)
             for sink in self._sinks:
                 sink.metrics(records)
 
     def routing(self, records: Sequence[Record]) -> None:
-        """Records routing health, one record per step and layer: ``step``, ``split`` and ``layer`` are required.
-
-        Raises:
-            RunFailedError: The record cannot be written.
-        """
+        """Records routing health, one record per step and layer: ``step``, ``split`` and ``layer`` are required."""
         if records:
             self._routing.append(records)
             for sink in self._sinks:
@@ -106,15 +103,23 @@ class Journal:
         for sink in self._sinks:
             sink.note(text)
 
+    def rewind(self, step: int) -> None:
+        """Drops the records of later steps from the files: the run goes back to the checkpoint of this one."""
+        self._metrics.rewind(step)
+        self._routing.rewind(step)
+
     def close(self) -> None:
         """Ends everything; waits a second or two for slow sinks, longer only for uploads to a server that answers."""
         self._metrics.close()
         self._routing.close()
-        deadline = time.monotonic() + CLOSE_SECONDS
-        for sink in self._sinks:
-            sink.begin_close()
-        for sink in self._sinks:
-            sink.end_close(deadline)
+        console, trackers = self._sinks[:1], self._sinks[1:]
+        for sinks, seconds in ((trackers, CLOSE_SECONDS), (console, CONSOLE_SECONDS)):
+            deadline = time.monotonic() + seconds
+            for sink in sinks:
+                sink.begin_close()
+            for sink in sinks:
+                sink.end_close(deadline)
+        logging.getLogger(__package__).removeHandler(self._shown)
         self._sinks = []
 
     def __enter__(self) -> Journal:
@@ -135,3 +140,14 @@ class Journal:
                 f"warning: {self._metrics.path} has no records of steps {(last or 0) + 1} to {resume_from_step}, "
                 "which the checkpoint is past; figures of them are lost"
             )
+
+
+class _Shown(logging.Handler):
+    """Shows what this package logs, and would otherwise stand in the log file alone, to whoever watches."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")

@@ -37,7 +37,10 @@ def decode(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: The line is not one JSON object.
     """
-    record = json.loads(line)
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return {key: _restored(value) for key, value in record.items()}

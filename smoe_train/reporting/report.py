@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from smoe_train.bounded import leading_out, read_bounded, read_json
+from smoe_train.config import MAX_FILE_BYTES, read_values
 from smoe_train.durable import write_file
-from smoe_train.errors import SmoeError
+from smoe_train.errors import RecipeError, RunFailedError, SmoeError
 from smoe_train.reporting.charts import draw
 from smoe_train.reporting.environment import ENVIRONMENT
 from smoe_train.reporting.records import METRICS, ROUTING, by_rank_in_step, read_records
@@ -32,6 +31,8 @@ CAPTIONS = {
     "underused, grey not recorded.",
 }
 
+KINDS: Mapping[str, type | tuple[type, ...]] = {"step": int, "split": str, "loss": (int, float), "tokens": int}
+
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -42,18 +43,20 @@ def write_report(run_folder: Path) -> Path:
         Path of the page.
 
     Raises:
-        SmoeError: The folder holds no run, or a run that has not recorded a step.
+        SmoeError: The folder holds no run, or a run that has not recorded a step, or the report would lie elsewhere.
         RunFailedError: A record of the run is damaged.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     recipe_text, recipe = _recipe(run_folder)
-    metrics = read_records(run_folder / METRICS)
+    metrics = _records(run_folder / METRICS)
     if not metrics:
         raise SmoeError(f"{run_folder / METRICS}: records no step yet; train the run first, then write its report")
+    if leading_out(run_folder, REPORT, f"{REPORT}/*"):
+        raise SmoeError(f"{run_folder / REPORT}: leads out of the run folder; remove the link")
     surroundings = _surroundings(run_folder / ENVIRONMENT)
     baselines = {str(name): float(level) for name, level in (surroundings.get("baselines") or {}).items()}
-    images = draw(metrics, read_records(run_folder / ROUTING), baselines)
+    images = draw(metrics, _records(run_folder / ROUTING), baselines)
 
     folder = run_folder / REPORT
     folder.mkdir(exist_ok=True)
@@ -156,26 +159,38 @@ def _validations(metrics: Records) -> Records:
     return series[0] if series else []
 
 
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Reads records and refuses those that no run writes, before a chart stumbles over them."""
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        wrong = [key for key, kind in KINDS.items() if key in record and not isinstance(record[key], kind)]
+        wrong += [key for key, value in record.items() if isinstance(value, int) and abs(value) >= 1 << 63]
+        wrong += [key for key in ("step", "split") if key not in record]
+        if wrong:
+            raise RunFailedError(f"{path}: record {number}: {wrong[0]!r} is not what a run writes; remove the line")
+    return records
+
+
 def _recipe(run_folder: Path) -> tuple[str, dict[str, Any]]:
     path = run_folder / RECIPE
     try:
-        text = path.read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text)
+        text = read_bounded(path, MAX_FILE_BYTES).decode()
+        recipe = read_values(path)
     except OSError as error:
         raise SmoeError(
             f"{run_folder}: is not the folder of a run: {RECIPE} cannot be read ({error.strerror}); "
             "give the folder that `smoe-train train` wrote, such as runs/<name>"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SmoeError(f"{path}: is damaged: {next(iter(str(error).splitlines()))}") from error
-    return text, recipe if isinstance(recipe, dict) else {}
+    except (RecipeError, UnicodeDecodeError) as error:
+        raise SmoeError(f"{path}: is damaged: {error}") from error
+    return text, recipe
 
 
 def _surroundings(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        surroundings = json.loads(path.read_bytes())
+        surroundings = read_json(path)
     except (OSError, ValueError) as error:
         raise SmoeError(f"{path}: is damaged: {error}; delete it to write the report without it") from error
     return surroundings if isinstance(surroundings, dict) else {}

@@ -1,6 +1,7 @@
 """Places that the figures of a run go to.
 
-`JsonLines` is the record and must not fail; everything else is a `Sink` and runs behind a `Background` thread.
+`JsonLines` is the record and loses nothing while memory lasts; everything else is a `Sink` and runs behind a
+`Background` thread.
 """
 
 from smoe_train.reporting.sinks.background import Background, Sink

@@ -113,6 +113,8 @@ class Pace:
         """Takes the record of a training step."""
         step, tokens, seconds = record["step"], record.get("tokens"), record.get("step_seconds")
         assert isinstance(step, int)
+        if step <= self._step:  # the run went back
+            self._tokens = None
         if isinstance(tokens, int) and isinstance(self._tokens, int) and isinstance(seconds, float):
             self._window.append((tokens - self._tokens, seconds * (step - self._step)))
         self._step, self._tokens = step, tokens

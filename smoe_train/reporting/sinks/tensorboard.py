@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from smoe_train.reporting.records import Record, scalars_by_step
 
@@ -26,6 +28,9 @@ class TensorboardSink:
         """Creates the event file."""
         from torch.utils.tensorboard import SummaryWriter
 
+        # A disk that fails shows in the next call here; the writer's thread would print a traceback besides.
+        self._hook = threading.excepthook
+        threading.excepthook = self._other_threads
         self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
 
     def metrics(self, records: Sequence[Record]) -> None:
@@ -46,6 +51,7 @@ class TensorboardSink:
         """Closes the event file, if it was ever opened."""
         if hasattr(self, "_writer"):
             self._writer.close()
+            threading.excepthook = self._hook
 
     def patience_seconds(self) -> float:
         """Returns 0: a local file that takes longer will not get better."""
@@ -53,3 +59,7 @@ class TensorboardSink:
 
     def abandon(self) -> None:
         """Does nothing: the writer's thread is a daemon."""
+
+    def _other_threads(self, failed: Any) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard"):
+            self._hook(failed)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_run_id"
 INIT_SECONDS = 20.0
-FILE_SECONDS = 3.0
+FILE_SECONDS = 0.7
 
 
 class WandbSink:
@@ -103,7 +103,7 @@ class WandbSink:
         """Returns the configured wait if the run is online and the server answers now, a little for a file, else 0."""
         if self._server is None:
             return FILE_SECONDS if self._run is not None else 0.0
-        return self._config.finish_seconds if reachable(self._server, 0.6) else 0.0
+        return self._config.finish_seconds if reachable(self._server, 0.5) else 0.0
 
     def abandon(self) -> None:
         """Ends wandb-core, for which W&B's exit hook would otherwise wait; what it wrote can still be synchronised."""
@@ -114,7 +114,7 @@ class WandbSink:
         # In a thread, because a start that hangs may hold W&B's lock. It takes the exit hook away.
         teardown = threading.Thread(target=_teardown, daemon=True)
         teardown.start()
-        teardown.join(0.4)
+        teardown.join(0.2)
 
     def _mode(self, settings: Any) -> str:
         if self._config.mode != "auto":

@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import pytest
 
+from smoe_train.errors import RunFailedError
 from smoe_train.reporting import environment, write_environment
 from smoe_train.reporting.environment import _source
 
@@ -69,8 +70,8 @@ def test_torch_is_not_imported_for_it():
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_environment(tmp_path, {"a": 1})
-    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(RunFailedError, match="full"):
         write_environment(tmp_path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["environment.json"]

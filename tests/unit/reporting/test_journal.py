@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from smoe_train.errors import RunFailedError, SmoeError
+from smoe_train.errors import SmoeError
 from smoe_train.reporting import METRICS, ROUTING, Journal, ReportingConfig, WandbConfig, read_records
 from smoe_train.reporting import journal as journal_module
 
@@ -63,8 +63,15 @@ def test_writing_after_close_is_an_error(tmp_path):
     running = journal(tmp_path)
     running.close()
     running.close()
-    with pytest.raises(RunFailedError):
+    with pytest.raises(ValueError, match="is closed"):
         running.metrics(train(1))
+
+
+def test_whoever_watches_sees_what_a_sink_warns_of(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(journal_module, "WandbSink", BrokenWandb)
+    with journal(tmp_path, wandb=WandbConfig()) as running:
+        running.routing(routed(1))
+    assert "warning: wandb failed and is switched off" in capfd.readouterr().err.replace("\n", " ")
 
 
 class BrokenWandb:
