@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from smoe_train import __version__
+from smoe_train.cli.arguments import AsJson, NumProcesses, OutputDir, Overrides, RecipeArgument, RunArgument, Which
+from smoe_train.cli.checkpoint_app import checkpoint_app
 from smoe_train.errors import RunStoppedError, SmoeError
 
 app = typer.Typer(
@@ -21,7 +23,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-checkpoint_app = typer.Typer(help="Checkpoints of runs.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 glue_app = typer.Typer(help="Results of many fine-tuning runs, and GLUE's submission.", no_args_is_help=True)
 app.add_typer(glue_app, name="glue")
@@ -29,14 +30,6 @@ data_app = typer.Typer(help="A recipe's data, without training.", no_args_is_hel
 app.add_typer(data_app, name="data")
 tokenizer_app = typer.Typer(help="Tokenizers, apart from any run.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
-
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's short name.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.path=value", help="Override settings.")]
-NumProcesses = Annotated[int | None, typer.Option("--nproc", min=1, help="Worker processes; all hosts together.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder of run folders.")]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")]
-Which = Annotated[str, typer.Option("--checkpoint", help="latest or best, for a run folder.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -56,6 +49,9 @@ def train(
     hostfile: Annotated[Path | None, typer.Option(help="Machines, `NAME slots=N` a line.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
     output_dir: OutputDir = Path("runs"),
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="Start failed, killed or hung workers again so many times.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe only.")] = False,
     sweep: Annotated[
@@ -66,7 +62,9 @@ def train(
     """Train a recipe: start its worker processes, or resume where the run stopped."""
     from smoe_train.cli import train as command
 
-    options = command.TrainOptions(recipe, tuple(overrides or ()), nproc, launcher, hostfile, resume, output_dir)
+    options = command.TrainOptions(
+        recipe, tuple(overrides or ()), nproc, launcher, hostfile, resume, output_dir, max_restarts
+    )
     if sweep or json:
         from smoe_train.cli.sweep import train_all
 
@@ -252,19 +250,6 @@ def tokenizer_show(
     from smoe_train.cli import tokenizer as command
 
     command.show(source, tuple(overrides or ()), text, json)
-
-
-@checkpoint_app.command("export")
-def checkpoint_export(
-    run: RunArgument,
-    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
-    which: Which = "best",
-    json: AsJson = False,
-) -> None:
-    """Write a checkpoint as a folder that transformers loads, with its tokenizer."""
-    from smoe_train.cli import export as command
-
-    command.export(run, folder, which, json)
 
 
 @recipes_app.command("list")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from smoe_train.cli.run_folder import open_run
-from smoe_train.durable import flush
+from smoe_train.durable import creating
 from smoe_train.errors import LaunchError
 
 
@@ -34,25 +34,27 @@ def export(run: Path, folder: Path, which: str, as_json: bool) -> None:
     from smoe_train.recipe import TOKENIZER
 
     _, recipe, checkpoint = open_run(run, which)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LaunchError(f"{folder}: exists and is not an empty folder; choose another one")
     tokenizer = checkpoint_tokenizer(checkpoint)
     model = build_model(recipe, tokenizer.vocab_size, task=checkpoint_task(checkpoint))
     load_weights(model, checkpoint)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder) as partial:
         model.save_pretrained(partial)
         save_tokenizer(tokenizer, partial / TOKENIZER)
-        for path in [*partial.iterdir(), partial]:
-            flush(path)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-        flush(folder.parent)
-    except OSError as error:
-        raise LaunchError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     result = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "folder": str(folder)}
     print(json.dumps(result) if as_json else f"{folder}: step {checkpoint.step} of {recipe.name}")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write to; what a command writes is complete or absent whatever happens.
+
+    Raises:
+        LaunchError: ``folder`` holds something or cannot be written.
+    """
+    try:
+        with creating(folder) as partial:
+            yield partial
+    except FileExistsError as error:
+        raise LaunchError(f"{folder}: {error.strerror}; choose another one") from error
+    except OSError as error:
+        raise LaunchError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error

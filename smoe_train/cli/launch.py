@@ -1,60 +1,29 @@
-"""Starts the worker processes of a run, passes signals on to them and turns their end into an exit code.
-
-The command line process stays the parent: it starts a launcher (torchrun or DeepSpeed's), which starts the
-workers. Run as a module, this file is a thin skin around that launcher: ``python -m smoe_train.cli.launch MODULE
-ARGUMENTS`` calls ``MODULE.main()``, dies with its parent and keeps the launcher's traceback off the terminal, where
-it would bury the workers' own message.
-"""
+"""Decides how the worker processes of a run are started, and with which command and environment; starts nothing."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import ctypes
-import importlib
 import json
-import logging
+import math
 import os
 import re
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
-import psutil
-
-from smoe_train.errors import LaunchError, RunStoppedError
+from smoe_train.errors import LaunchError
 
 Launcher = Literal["torchrun", "deepspeed", "in_process"]
 
 LAUNCHERS = ("auto", "torchrun", "deepspeed", "in_process")
 LOOPBACK = "127.0.0.1"
 TORCHRUN = "torch.distributed.run"
-LAUNCHER_PID = "SMOE_TRAIN_LAUNCHER_PID"
-
-# How long torchrun lets workers write their last checkpoint after a signal, before it kills them.
-STOP_SECONDS = 120
-# A failed rank may leave its peers in a collective that never returns; by then they have had their say.
-FAILURE_SECONDS = 10.0
-POLL_SECONDS = 0.2
-
-PR_SET_PDEATHSIG = 1
-# SIGHUP (a closed terminal) and SIGUSR1 (a scheduler's notice) ask for the same as SIGTERM; their default, to
-# end this process, would kill the workers without a checkpoint.
-FORWARDED = {
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGTERM,
-}
+GRACE_SECONDS = 120.0
 
 _HOST_LINE = re.compile(r"(?P<name>[^\s#]+)\s+slots=(?P<slots>\d+)")
 
@@ -78,7 +47,9 @@ class LaunchPlan:
     master_port: int | None = None
 
 
-def plan_launch(launcher: str, nproc: int | None, hostfile: Path | None, environ: Mapping[str, str]) -> LaunchPlan:
+def plan_launch(
+    launcher: str, nproc: int | None, hostfile: Path | None, environ: Mapping[str, str], restarts: bool = False
+) -> LaunchPlan:
     """Chooses the launcher and checks that the options fit together.
 
     Args:
@@ -86,6 +57,7 @@ def plan_launch(launcher: str, nproc: int | None, hostfile: Path | None, environ
         nproc: Worker processes on this machine; None means 1, or what the hostfile says.
         hostfile: Machines to use, or None.
         environ: Environment of the command line process.
+        restarts: Whether workers are to be started again, which needs a process that outlives them.
 
     Raises:
         LaunchError: The options contradict each other or the hostfile is not usable.
@@ -99,15 +71,25 @@ def plan_launch(launcher: str, nproc: int | None, hostfile: Path | None, environ
     count = nproc or 1
     if launcher == "in_process" and count > 1:
         raise LaunchError(f"--launcher in_process runs one worker, not {count}; use --launcher torchrun")
-    if launcher == "in_process" or (launcher == "auto" and count == 1):
+    if launcher == "in_process" and restarts:
+        raise LaunchError("--max-restarts: a run in this process cannot be restarted by it; use --launcher torchrun")
+    if launcher == "in_process" or (launcher == "auto" and count == 1 and not restarts):
         return LaunchPlan("in_process", 1)
     if launcher == "deepspeed":
         return LaunchPlan("deepspeed", count, None, _visible_devices(count, environ), _free_port())
     return LaunchPlan("torchrun", count)
 
 
-def build_command(plan: LaunchPlan, worker_module: str, worker_arguments: Sequence[str]) -> list[str]:
+def build_command(
+    plan: LaunchPlan, worker_module: str, worker_arguments: Sequence[str], grace_seconds: float = GRACE_SECONDS
+) -> list[str]:
     """Returns the command that starts all workers of ``plan``, each running ``python -m worker_module``.
+
+    Args:
+        plan: What to start.
+        worker_module: What each worker runs.
+        worker_arguments: Its arguments.
+        grace_seconds: How long workers may take to end after a signal; DeepSpeed's launcher waits 30 s, whatever it is.
 
     Raises:
         LaunchError: An argument would not survive the way to remote machines.
@@ -118,7 +100,8 @@ def build_command(plan: LaunchPlan, worker_module: str, worker_arguments: Sequen
         raise ValueError("an in-process plan has no command: call the worker")
     if plan.launcher == "torchrun":
         options = ["--standalone", "--local-addr", LOOPBACK, "--nproc-per-node", str(plan.nproc)]
-        options += ["--shutdown-timeout", str(STOP_SECONDS), "-m"]
+        # The parent kills after the grace, and says so; torchrun comes after it.
+        options += ["--shutdown-timeout", str(math.ceil(grace_seconds) + 10), "-m"]
         return [sys.executable, "-m", TORCHRUN, *options, *worker]
     port = [] if plan.master_port is None else [f"--master_port={plan.master_port}"]
     options = [*port, "--module", "--no_local_rank", "--log_level=warning"]
@@ -166,7 +149,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def worker_environment(nproc: int, base: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(nproc: int, base: Mapping[str, str], local: bool = True) -> dict[str, str]:
     """Returns ``base`` with the settings that worker processes need before torch is loaded.
 
     What is already set is kept. ``DS_ACCELERATOR`` is left alone: DeepSpeed finds accelerators by itself and falls
@@ -175,6 +158,7 @@ def worker_environment(nproc: int, base: Mapping[str, str]) -> dict[str, str]:
     Args:
         nproc: Worker processes on this machine.
         base: Environment to start from.
+        local: Whether all workers are on this machine.
     """
     settings = {
         # More threads than cores make every small product wait for a thread that is not running.
@@ -184,81 +168,14 @@ def worker_environment(nproc: int, base: Mapping[str, str]) -> dict[str, str]:
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if local and sys.platform == "linux":
+        settings["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens to the network, nor hangs on how the host is called
     return {**settings, **base}
 
 
 def already_launched(environ: Mapping[str, str]) -> bool:
     """Tells whether this process is a worker that a launcher or the user's own script has started."""
     return "RANK" in environ and "WORLD_SIZE" in environ
-
-
-def die_with_parent() -> None:
-    """Makes the kernel kill this process when its parent ends; does nothing outside Linux.
-
-    Without it, workers whose launcher was killed train on unseen. To be called first in a worker.
-    """
-    if sys.platform != "linux":
-        return
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    expected = os.environ.get(LAUNCHER_PID)
-    if expected is not None and expected != str(os.getppid()):
-        os.kill(os.getpid(), signal.SIGKILL)  # the parent ended before the request was in place
-
-
-def write_worker_error(logs: Path, rank: int, exit_code: int, message: str) -> None:
-    """Leaves word of why a worker ends: launchers turn every failure into exit code 1.
-
-    Args:
-        logs: The run's ``logs`` folder.
-        rank: Global rank of the worker.
-        exit_code: What the command line shall end with.
-        message: For the user; one or more lines.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    path = logs / f"rank-{rank}.error.json"
-    record = {"rank": rank, "exit_code": exit_code, "message": message, "time": time.time()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record), encoding="utf-8")
-    temporary.replace(path)
-
-
-def run_workers(command: Sequence[str], environment: Mapping[str, str], logs: Path) -> int:
-    """Runs a launcher until it ends and returns the exit code of the run.
-
-    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on, so that the workers can write a checkpoint; a
-    second one kills everything. Once a worker has reported a failure, the others have ``FAILURE_SECONDS`` left.
-
-    Args:
-        command: From ``build_command``.
-        environment: Environment of the launcher and its workers.
-        logs: The run's ``logs`` folder, where workers leave ``rank-<r>.error.json``.
-
-    Returns:
-        0; the exit code that the first failing worker left; 128 + signal; or 1.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob("rank-*.error.json"):
-        old.unlink()
-    skin = [sys.executable, "-m", "smoe_train.cli.launch", *command[2:]]  # in the place of `python -m`
-    received: list[signal.Signals] = []
-    with signals_into(received):
-        # A session of its own: Ctrl-C in a terminal goes to the whole process group, but the launcher must see it
-        # once, from here; a second one breaks off its clean-up.
-        launcher = subprocess.Popen(skin, env={**environment, LAUNCHER_PID: str(os.getpid())}, start_new_session=True)
-        try:
-            status = _wait(launcher, received, logs)
-        finally:
-            kill_tree(launcher)
-    return _exit_code(status, received, _worker_errors(logs))
-
-
-@dataclass(frozen=True)
-class _WorkerError:
-    time: float
-    rank: int
-    exit_code: int
-    message: str
 
 
 def _plan_hosts(launcher: str, nproc: int | None, hostfile: Path, environ: Mapping[str, str]) -> LaunchPlan:
@@ -308,113 +225,3 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def signals_into(received: list[signal.Signals]) -> Iterator[None]:
-    """Collects the signals that ask a run to stop instead of ending this process; what was ignored stays ignored."""
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    heard = [one for one in FORWARDED if signal.getsignal(one) != signal.SIG_IGN]  # nohup: the user wants it ignored
-    before = {one: signal.signal(one, note) for one in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(launcher: subprocess.Popen[bytes], received: Sequence[signal.Signals], logs: Path) -> int:
-    forwarded = False
-    failed_at: float | None = None
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return launcher.wait(POLL_SECONDS)
-        if received and not forwarded:
-            launcher.send_signal(FORWARDED[received[0]])
-            forwarded = True
-        if failed_at is None and any(e.exit_code != RunStoppedError.exit_code for e in _worker_errors(logs)):
-            failed_at = time.monotonic()
-        hung = failed_at is not None and time.monotonic() - failed_at > FAILURE_SECONDS
-        if hung or len(received) > 1:
-            kill_tree(launcher)
-
-
-def kill_tree(launcher: subprocess.Popen[bytes]) -> None:
-    """Kills a process that was started here with all that it has started; does nothing if it has ended."""
-    if launcher.poll() is not None:
-        return
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(launcher.pid)
-        for process in [*root.children(recursive=True), root]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    launcher.wait()
-
-
-def _worker_errors(logs: Path) -> list[_WorkerError]:
-    errors = []
-    for path in logs.glob("rank-*.error.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            errors.append(_WorkerError(**json.loads(path.read_text(encoding="utf-8"))))
-    return sorted(errors, key=lambda error: (error.time, error.rank))
-
-
-def _exit_code(status: int, received: Sequence[signal.Signals], errors: Sequence[_WorkerError]) -> int:
-    if status == 0:
-        return 0
-    killed_by = -status if status < 0 else status - 128
-    failures = [error for error in errors if error.exit_code != RunStoppedError.exit_code]
-    if killed_by > 0 and not received and (status > 0 or not failures):
-        # Killed from outside: what the others say of it, lost connections or a stop, is no cause. (A launcher that
-        # this process had to kill, since a peer of a failed worker hung, has failures to tell of.)
-        who = "the launcher" if status < 0 else "a worker"
-        name = signal.Signals(killed_by).name
-        hint = " (lack of memory?)" if name == "SIGKILL" else ""
-        print(
-            f"error: {who} was killed by {name}{hint}; what the others saw is in the run's logs; "
-            "the same command resumes the run",
-            file=sys.stderr,
-        )
-        return 128 + killed_by
-    if errors:
-        first = errors[0]
-        prefix = f"rank {first.rank} failed: " if first.exit_code == 1 else ""
-        print(f"{prefix}{first.message}", file=sys.stderr)
-        return first.exit_code
-    return 128 + received[0] if received else 1
-
-
-def _main(module: str, arguments: Sequence[str]) -> int:
-    """Runs ``module.main()``; returns 128 + signal if a worker was ended by one, else the launcher's exit code."""
-    die_with_parent()
-    os.environ[LAUNCHER_PID] = str(os.getpid())
-    sys.argv = [module, *arguments]
-    logging.disable(logging.ERROR)  # what matters is raised; the rest names every process that is stopped
-    killed_by = 0
-    try:
-        importlib.import_module(module).main()
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except SystemExit as stop:
-        if not isinstance(stop.code, int) or stop.code >= 0:
-            raise
-        killed_by = -stop.code  # DeepSpeed's launcher
-    except Exception as error:
-        if type(error).__name__ == "ChildFailedError":
-            # A worker that was killed is the cause, even if one that lost its connection ended a moment earlier.
-            failures = error.failures.values()  # type: ignore[attr-defined]
-            killed_by = max([-one.exitcode for one in failures if one.exitcode != -signal.SIGTERM], default=0)
-        elif type(error).__name__ != "SignalException":  # which torchrun raises once it has stopped the workers
-            raise
-        if killed_by <= 0:
-            return 1
-    else:
-        return 0
-    return 128 + killed_by
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1], sys.argv[2:]))

@@ -11,14 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from smoe_train.cli.launch import (
-    build_command,
-    die_with_parent,
-    plan_launch,
-    run_workers,
-    worker_environment,
-    write_worker_error,
-)
+from smoe_train.cli.last_words import write_worker_error
+from smoe_train.cli.launch import build_command, plan_launch, worker_environment
+from smoe_train.cli.launcher import die_with_parent
+from smoe_train.cli.supervise import run_workers
 from smoe_train.errors import LaunchError, SmoeError
 from smoe_train.recipe import Recipe
 

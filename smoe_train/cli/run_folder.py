@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from smoe_train.bounded import leading_out, read_json
 from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST
-from smoe_train.checkpoint.store import Checkpoint, CheckpointStore
+from smoe_train.checkpoint.manifest import Checkpoint
+from smoe_train.checkpoint.store import CheckpointStore
 from smoe_train.durable import write_file
-from smoe_train.errors import CheckpointError, LaunchError
+from smoe_train.errors import CheckpointError, LaunchError, printable
 from smoe_train.recipe import RECIPE, Recipe, load_recipe
 
-LOGS = "logs"
 LOCK = ".lock"
+OWNER = ".owner.json"
 
 
 class OneRank:
@@ -60,23 +69,61 @@ def create(run_folder: Path, recipe: Recipe, keep_old: bool) -> None:
 
 @contextmanager
 def held(run_folder: Path) -> Iterator[None]:
-    """Keeps other commands from writing to a run, whose folder is created; the kernel frees the lock of the dead.
+    """Keeps other commands from writing to a run, whose folder is created.
+
+    The kernel frees the lock of a dead process. Who holds it is written beside it, for the message to those that are
+    refused; a note that its writer has left behind tells the next command of the crash.
 
     Raises:
-        LaunchError: Another command holds it, or it cannot be written.
+        LaunchError: Another command holds it, it cannot be written, or a link in it leads to another place.
     """
     lock = FileLock(run_folder / LOCK)
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
+        if links := leading_out(run_folder, "*", "*/*"):
+            raise LaunchError(
+                f"{links[0]}: is a link out of the run folder, and nothing outside of it is written; move there what "
+                "it leads to, or let the run folder itself be the link"
+            )
         lock.acquire(timeout=0)
     except Timeout:
-        raise LaunchError(f"{run_folder}: another command is training in this folder; wait for it or stop it") from None
+        who = _owner(run_folder) or "who it is has not been written down"
+        raise LaunchError(
+            f"{run_folder}: another command is training in this folder ({who}); wait for it or stop it"
+        ) from None
     except OSError as error:
         raise _not_writable(run_folder, error) from error
     try:
+        left = _owner(run_folder)
+        if left is not None:
+            print(printable(f"{run_folder}: the command before ended without cleaning up ({left})"), file=sys.stderr)
+        _write_owner(run_folder)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            (run_folder / OWNER).unlink()
         lock.release()
+
+
+def _owner(run_folder: Path) -> str | None:
+    try:
+        owner = read_json(run_folder / OWNER)
+        return f"pid {owner['pid']} on {owner['host']}, started {owner['started']}: {owner['command']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_owner(run_folder: Path) -> None:
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+    }
+    try:
+        write_file(run_folder / OWNER, json.dumps(owner).encode())
+    except OSError as error:
+        raise _not_writable(run_folder, error) from error
 
 
 def _not_writable(run_folder: Path, error: OSError) -> LaunchError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smoe_train.checkpoint import Checkpoint
+from smoe_train.checkpoint.manifest import NewerFormatError
 from smoe_train.cli.progress_bars import shown
 from smoe_train.cli.run_folder import create, store_of
 from smoe_train.data import ExampleStore, Tokenizer, save_tokenizer
@@ -17,6 +17,7 @@ from smoe_train.errors import CheckpointError, DataError, LaunchError, RecipeErr
 from smoe_train.evaluation.results import RESULTS
 from smoe_train.recipe import RECIPE, TOKENIZER, Recipe, flat, load_recipe
 from smoe_train.reporting import METRICS, ROUTING, check_sinks
+from smoe_train.training.state import TrainState
 
 if TYPE_CHECKING:
     from smoe_train.assembly import AnyStore
@@ -49,6 +50,8 @@ class Start:
         """Whether there is no step left to train, and nothing to report."""
         if self.checkpoint is None or self.checkpoint.step < self.recipe.training.max_steps:
             return False
+        if TrainState.from_json(self.checkpoint.state["train"]).validated_step != self.checkpoint.step:
+            return False  # stopped in the middle of its last validation
         return not self.reports or (self.run_folder / RESULTS).is_file()
 
     def nothing_to_do(self) -> str:
@@ -74,7 +77,11 @@ def decide(recipe: Recipe, run_folder: Path, resume: str, world_size: int) -> St
     """
     from smoe_train.assembly import build_batches, check_identity, pretrained_weights
 
-    if resume == "never" and (run_folder / RECIPE).exists():
+    try:
+        holds_run = (run_folder / RECIPE).exists()
+    except OSError as error:  # a name that is too long, a link to itself, a dead mount
+        raise LaunchError(f"{run_folder}: cannot be used: {error.strerror}; choose another --output-dir") from error
+    if resume == "never" and holds_run:
         raise LaunchError(
             f"{run_folder}: holds a run already; continue it with --resume auto, choose another name=..., or remove it"
         )
@@ -137,11 +144,15 @@ def _starting_point(run_folder: Path, resume: str, max_steps: int) -> Checkpoint
         return checkpoint
     store = store_of(run_folder)
     for path in store.complete():
-        with contextlib.suppress(CheckpointError):
+        try:
             checkpoint = Checkpoint.open(path)
             if checkpoint.step >= max_steps:
                 checkpoint.verify()  # no worker will: there is nothing left to do
             return checkpoint
+        except NewerFormatError:
+            raise
+        except CheckpointError:
+            continue
     leftovers = sorted(path.name for path in store.folder.glob("step-*"))
     if leftovers:
         raise CheckpointError(

@@ -25,7 +25,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from smoe_train.cli.launch import FORWARDED, LAUNCHER_PID, POLL_SECONDS, already_launched, kill_tree, signals_into
+from smoe_train.cli.launch import already_launched
+from smoe_train.cli.launcher import LAUNCHER_PID
+from smoe_train.cli.supervise import FORWARDED, POLL_SECONDS, kill_tree, signals_into
 from smoe_train.cli.sweep_results import SweptRun, figures_of, labels_of, print_plan, print_results, to_json
 from smoe_train.cli.train import TrainOptions
 from smoe_train.config import Layered, apply_overrides
@@ -72,6 +74,7 @@ class Sweep:
         arguments = ["train", options.recipe, *options.overrides, *run.overrides, f"name={run.recipe.name}"]
         arguments += ["--launcher", options.launcher, "--resume", "auto" if begun else options.resume]
         arguments += ["--output-dir", str(options.output_dir)]
+        arguments += ["--max-restarts", str(options.max_restarts)] if options.max_restarts else []
         arguments += [] if options.nproc is None else ["--nproc", str(options.nproc)]
         return arguments + ([] if options.hostfile is None else ["--hostfile", str(options.hostfile)])
 
@@ -351,7 +354,7 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":  # one run of a sweep, which shall not outlive it
     from smoe_train.cli.app import main
-    from smoe_train.cli.launch import die_with_parent
+    from smoe_train.cli.launcher import die_with_parent
 
     die_with_parent()
     main()

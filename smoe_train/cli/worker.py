@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
 import logging
 import os
 import sys
@@ -24,23 +22,28 @@ from smoe_train.assembly import (
 )
 from smoe_train.checkpoint import Checkpoint, CheckpointStore
 from smoe_train.checkpoint.folders import CHECKPOINTS
-from smoe_train.cli.launch import die_with_parent, write_worker_error
-from smoe_train.cli.run_folder import LOGS
+from smoe_train.cli.last_words import write_worker_error
 from smoe_train.data import ExampleStore
-from smoe_train.errors import SmoeError
+from smoe_train.errors import RunStoppedError, SmoeError
 from smoe_train.recipe import RECIPE, Recipe, load_recipe
-from smoe_train.reporting import environment, write_environment, write_report
+from smoe_train.reporting import METRICS, Record, environment, read_records, write_environment, write_report
 from smoe_train.training.stop import StopRequest
 from smoe_train.training.trainer import Trainer
+from smoe_train.training.watchdog import END, Watchdog
 
 if TYPE_CHECKING:
     from smoe_train.parallel.process import Process
 
 logger = logging.getLogger("smoe_train")
-logger.addHandler(logging.NullHandler())  # without one, Python would print what is logged
 
 
-def train_worker(run_folder: Path, resume: str, stop: StopRequest, process: Process | None = None) -> None:
+def train_worker(
+    run_folder: Path,
+    resume: str,
+    stop: StopRequest,
+    process: Process | None = None,
+    watchdog: Watchdog | None = None,
+) -> None:
     """Trains the recipe of a run folder to its end, together with the other ranks.
 
     Args:
@@ -48,13 +51,20 @@ def train_worker(run_folder: Path, resume: str, stop: StopRequest, process: Proc
         resume: ``auto``, ``never``, or the path of a checkpoint.
         stop: Whether the run was asked to stop.
         process: This process, if it has been started already.
+        watchdog: Ends this process if it hangs.
+
+    Raises:
+        RunStoppedError: The run was asked to stop.
     """
     recipe = load_recipe(str(run_folder / RECIPE), resolved=True)
+    stop.limit(recipe.training.max_seconds)
     process = process or start_process(recipe)
     store = CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last)
     checkpoint = choose_checkpoint(store, resume)
     trainer = build_trainer(recipe, process, run_folder, stop, resumes=checkpoint is not None)
     data = prepare_data(recipe, run_tokenizer(run_folder))
+    if watchdog is not None:
+        watchdog.watch(trainer)
     try:
         if checkpoint is not None:
             check_identity(recipe, data, checkpoint)
@@ -67,7 +77,11 @@ def train_worker(run_folder: Path, resume: str, stop: StopRequest, process: Proc
             trainer.journal = open_journal(recipe, run_folder, step if own else None)
             if step is not None:
                 trainer.journal.note(f"resumed from {checkpoint.path if checkpoint else ''}")
+        if process.any(stop.requested):
+            before = f"before step {(step or 0) + 1}"
+            raise RunStoppedError(f"stopped {stop.reason} {before}; the same command resumes the run")
         trainer.train()
+        trainer.beat(END)
         if isinstance(data, ExampleStore):
             _report_task(trainer, recipe, data, run_folder)
     finally:
@@ -84,13 +98,17 @@ def _report_task(trainer: Trainer, recipe: Recipe, data: ExampleStore, run_folde
     """Evaluates the best checkpoint on the splits that are reported once."""
     best = trainer.process.broadcast_object(trainer.store.find("best") if trainer.process.is_first else None)
     checkpoint = Checkpoint.open(best)
-    results = report_task(trainer.model, recipe, data, checkpoint, run_folder, trainer.process)
-    if trainer.journal is not None:
-        shared = {"step": checkpoint.step, "tokens": trainer.state.tokens}
-        trainer.journal.metrics([{**shared, "split": one.split, "score": one.score, **one.metrics} for one in results])
-        for one in results:
-            figures = ", ".join(f"{name} {value:.4f} ({one.constant[name]:.4f})" for name, value in one.metrics.items())
-            trainer.journal.note(f"{one.split}, checkpoint of step {checkpoint.step}: {figures}; constant in brackets")
+    result = report_task(trainer.model, recipe, data, checkpoint, run_folder, trainer.process)
+    if result is None or trainer.journal is None:
+        return
+    shared = {"step": checkpoint.step, "tokens": trainer.state.tokens}
+    records: list[Record] = [{**shared, "split": one.split, "score": one.score, **one.metrics} for one in result.splits]
+    before = read_records(run_folder / METRICS)  # a run that was killed between the two comes here again
+    trainer.journal.metrics([record for record in records if record not in before])
+    for one in result.splits:
+        figures = ", ".join(f"{name} {value:.4f} ({one.constant[name]:.4f})" for name, value in one.metrics.items())
+        trainer.journal.note(f"{one.split}, checkpoint of step {checkpoint.step}: {figures}; constant in brackets")
+    result.write(run_folder)  # the last of all: a run with results counts as finished
 
 
 def choose_checkpoint(store: CheckpointStore, resume: str) -> Checkpoint | None:
@@ -116,21 +134,12 @@ def _write_report(run_folder: Path) -> None:
 def _record_environment(recipe: Recipe, data: AnyStore, run_folder: Path, trainer: Trainer) -> None:
     topology = {
         "world_size": trainer.process.world_size,
-        "expert_parallel_size": trainer.expert_parallel_size,
+        "expert_parallel_size": recipe.parallel.expert_parallel_size,
         "zero_stage": recipe.parallel.zero_stage,
         "precision": recipe.parallel.precision,
         "device": str(trainer.process.device),
     }
     write_environment(run_folder, environment(topology, data.checksums()))
-
-
-def log_to(logs: Path) -> None:
-    """Sends this rank's log to its own file."""
-    logs.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(logs / f"rank-{os.environ.get('RANK', '0')}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
 
 
 def run_worker(work: Callable[[], None], logs: Path | None) -> int:
@@ -151,26 +160,14 @@ def run_worker(work: Callable[[], None], logs: Path | None) -> int:
         logger.exception("failed")
     else:
         return 0
+    try:
+        if logs is not None:
+            write_worker_error(logs, rank, code, message)
+    except OSError:  # the disk that this rank failed of, perhaps
+        logs = None
     if logs is None:
         print(f"rank {rank}: {message}", file=sys.stderr)
-    else:
-        write_worker_error(logs, rank, code, message)
     return code
-
-
-def main() -> None:
-    """Entry of a launched worker process."""
-    die_with_parent()
-    faulthandler.enable()
-    parser = argparse.ArgumentParser(prog="python -m smoe_train.cli.worker")
-    parser.add_argument("--run-folder", type=Path, required=True)
-    parser.add_argument("--resume", default="auto")
-    arguments = parser.parse_args()
-    stop = StopRequest()
-    stop.listen(second_ends=False)  # the parent kills on a second one; a scheduler may signal workers too
-    logs = arguments.run_folder / LOGS
-    log_to(logs)
-    leave(run_worker(lambda: train_worker(arguments.run_folder, arguments.resume, stop), logs))
 
 
 def leave(code: int) -> NoReturn:
@@ -178,7 +175,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    main()

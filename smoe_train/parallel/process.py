@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smoe_train.errors import LaunchError
+from smoe_train.parallel.rendezvous import meet
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -43,11 +44,14 @@ class Process:
         return cls(0, 0, 1, accelerator or torch.device("cpu"))
 
     @classmethod
-    def start(cls) -> Process:
+    def start(cls, collective_timeout: timedelta = COLLECTIVE_TIMEOUT) -> Process:
         """Joins the process group that RANK, WORLD_SIZE, ... describe, or one of this process if they are not set.
 
+        Args:
+            collective_timeout: How long a collective waits for peers; a watchdog says better who is missing.
+
         Raises:
-            LaunchError: Some of the variables are missing, or this host has no such accelerator.
+            LaunchError: Variables are missing, peers do not come, or this host has no such accelerator.
         """
         launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
@@ -76,7 +80,11 @@ class Process:
         if not dist.is_initialized():
             backend = accelerator.communication_backend_name()
             if launched:
-                dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+                store = meet(os.environ)
+                rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=world_size, timeout=collective_timeout
+                )
             else:
                 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine insists on it
                 alone = dist.HashStore()  # type: ignore[attr-defined]

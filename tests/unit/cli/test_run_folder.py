@@ -1,5 +1,8 @@
 """The folder of a run: who may write to it, and which checkpoint a command means by it."""
 
+import os
+import re
+import socket
 import subprocess
 import sys
 
@@ -50,7 +53,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 def test_one_command_at_a_time(tmp_path):
     with held(tmp_path / "run"):
-        with pytest.raises(LaunchError, match="another command is training in this folder"), held(tmp_path / "run"):
+        owner = f"another command is training in this folder (pid {os.getpid()} on {socket.gethostname()}, started 2"
+        with pytest.raises(LaunchError, match=re.escape(owner)), held(tmp_path / "run"):
             pytest.fail("held twice")
         with held(tmp_path / "other"):
             pass
@@ -58,7 +62,7 @@ def test_one_command_at_a_time(tmp_path):
         pass
 
 
-def test_the_dead_hold_no_lock(tmp_path):
+def test_the_dead_hold_no_lock(tmp_path, capsys):
     program = (
         "import os, signal, sys; from pathlib import Path; from smoe_train.cli.run_folder import held\n"
         "with held(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
@@ -67,7 +71,9 @@ def test_the_dead_hold_no_lock(tmp_path):
     assert done.returncode == -9
     assert (tmp_path / "run" / ".lock").exists()
     with held(tmp_path / "run"):
-        pass
+        assert "ended without cleaning up (pid " in capsys.readouterr().err
+    with held(tmp_path / "run"):
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("which", "step"), [("latest", 2), ("best", 1)])

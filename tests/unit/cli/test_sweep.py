@@ -12,8 +12,8 @@ import pytest
 from support.command import smoe_train, write_recipe
 
 from smoe_train.cli import sweep as module
-from smoe_train.cli.launch import signals_into
 from smoe_train.cli.run_folder import RECIPE
+from smoe_train.cli.supervise import signals_into
 from smoe_train.cli.sweep import Sweep, plan_sweep, read_values, run_child, run_names, train_all
 from smoe_train.cli.sweep_results import figures_of
 from smoe_train.cli.train import TrainOptions

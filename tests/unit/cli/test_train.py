@@ -6,7 +6,7 @@ import shutil
 import pytest
 from support.command import smoe_train, write_recipe
 
-from smoe_train.checkpoint.store import Checkpoint
+from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.cli.run_folder import RECIPE, held, store_of
 from smoe_train.recipe import load_recipe
 from smoe_train.training.stop import StopRequest
