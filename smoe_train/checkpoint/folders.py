@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from smoe_train.bounded import read_bounded
 from smoe_train.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"  # folder of a run that holds them
@@ -17,17 +18,27 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_step_name(name: str) -> bool:
+    """Returns whether a folder is named as checkpoints are."""
+    return _STEP_NAME.match(name) is not None
+
+
 def step_of(path: Path) -> int:
     """Returns the step of a checkpoint's folder."""
     return int(path.name.rpartition("-")[2])
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder that have a manifest, newest first by step."""
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Returns the folders in a folder that are named as checkpoints are, newest first by step."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _STEP_NAME.match(path.name) and not path.is_symlink()]
-    return [path for path in sorted(found, key=step_of, reverse=True) if (path / MANIFEST).is_file()]
+    found = [path for path in folder.iterdir() if is_step_name(path.name) and not path.is_symlink() and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder that have a manifest, newest first by step."""
+    return [path for path in checkpoint_folders(folder) if (path / MANIFEST).is_file()]
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
@@ -48,7 +59,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
 def pointed(folder: Path, name: str) -> Path | None:
     """Returns the folder that a pointer names, which may not exist; None if it names none that can be."""
     try:
-        target = (folder / name).read_text(encoding="utf-8").strip()
+        target = read_bounded(folder / name, 1000).decode().strip()
     except (OSError, UnicodeDecodeError):
         return None
     return folder / target if _STEP_NAME.match(target) else None

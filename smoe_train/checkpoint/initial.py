@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from smoe_train.bounded import read_json
 from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.checkpoint.model_state import parameters_of, read_parameter, saved_buffers
 from smoe_train.errors import CheckpointError
@@ -65,7 +65,7 @@ class ExportedWeights:
         index = folder / "model.safetensors.index.json"
         try:
             if index.is_file():
-                self._files = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
+                self._files = {str(k): str(v) for k, v in read_json(index)["weight_map"].items()}
             else:
                 with safe_open(folder / "model.safetensors", framework="pt") as file:
                     self._files = dict.fromkeys(file.keys(), "model.safetensors")

@@ -19,6 +19,7 @@ from smoe_train.errors import CheckpointError
 from smoe_train.model import StackedExperts
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SHARED_FILE = "shared.safetensors"
 
 
 class StateAccess(Protocol):
@@ -75,12 +76,22 @@ def collect(
     if rank == 0:
         shared |= {f"buffer/{name}": _copy(buffer) for name, buffer in saved_buffers(engine.model)}
         shared |= {f"extra/{name}": _copy(value) for name, value in (extra or {}).items()}
-        files["shared.safetensors"] = shared
+        files[SHARED_FILE] = shared
     if experts:
-        files[f"experts-{held.start:05d}-{held.stop - 1:05d}.safetensors"] = experts
+        files[experts_file(held)] = experts
     random_state = capture_random_state(device)
-    files[f"rank-{rank:05d}.safetensors"] = {f"random/{rank}/{key}": value for key, value in random_state.items()}
+    files[rank_file(rank)] = {f"random/{rank}/{key}": value for key, value in random_state.items()}
     return files
+
+
+def experts_file(experts: range) -> str:
+    """Returns the name of the file that holds these experts, by global id, of all layers."""
+    return f"experts-{experts.start:05d}-{experts.stop - 1:05d}.safetensors"
+
+
+def rank_file(rank: int) -> str:
+    """Returns the name of the file that holds a rank's generators."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def restore(engine: StateAccess, checkpoint: Checkpoint, rank: int, seed: int, device: torch.device) -> None:

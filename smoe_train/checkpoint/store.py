@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from smoe_train.checkpoint.folders import (
     MANIFEST,
+    checkpoint_folders,
     complete_checkpoints,
     find_checkpoint,
     pointed,
     step_name,
     step_of,
 )
-from smoe_train.checkpoint.manifest import Checkpoint, WrittenFile, manifest_text
+from smoe_train.checkpoint.manifest import Checkpoint, NewerFormatError, WrittenFile, manifest_text
 from smoe_train.checkpoint.writing import InThread, bytes_of, free_bytes, write_files, write_text_durably
 from smoe_train.durable import flush
 from smoe_train.errors import CheckpointError, RunFailedError
@@ -224,6 +225,7 @@ class CheckpointStore:
                 replaced.rename(final)
             raise
         flush(self.folder)
+        flush(self.folder.parent)  # which may hold this folder since this save
         self._point("latest", step)
         if saving.best:
             self._point("best", step)
@@ -243,13 +245,19 @@ class CheckpointStore:
         """
         best = pointed(self.folder, "best")
         written = [path for path in self.complete() if step_of(path) <= newest]
-        for path in written[self._keep_last :]:
-            if path != best:
-                with contextlib.suppress(OSError):
-                    path.rename(self.folder / f"{_REMOVED}{path.name}-{uuid.uuid4().hex}")
+        self.remove([path for path in written[self._keep_last :] if path != best])
+
+    def remove(self, checkpoints: Iterable[Path]) -> None:
+        """Removes checkpoints, and what crashed saves have left; nobody may be saving meanwhile.
+
+        Each is renamed first: whatever becomes of its files, it is no checkpoint any more.
+        """
+        for path in checkpoints:
+            with contextlib.suppress(OSError):
+                path.rename(self.folder / f"{_REMOVED}{path.name}-{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             for leftover in self.folder.iterdir():
-                if leftover.name.startswith((_REMOVED, _TEMPORARY)):  # no save is under way: it is this one
+                if leftover.name.startswith((_REMOVED, _TEMPORARY)):
                     _remove(leftover)
 
     def complete(self) -> list[Path]:
@@ -301,21 +309,24 @@ class CheckpointStore:
         return Checkpoint.open(path) if path is not None else None
 
     def _newest_sound_here(self, warn: Callable[[str], None], at_most: int | None) -> tuple[Path | None, str | None]:
-        problems = []
-        for path in self.complete():
+        problems: list[tuple[int, str]] = []
+        for path in checkpoint_folders(self.folder):
             if at_most is not None and step_of(path) > at_most:
                 continue
             try:
                 Checkpoint.open(path).verify()
+            except NewerFormatError as error:  # nothing is wrong with it: an older one would be the wrong choice
+                return None, str(error)
             except CheckpointError as error:
-                problems.append(str(error))
+                problems.append((step_of(path), str(error)))
                 continue
-            for problem in problems:
-                warn(f"{problem}; resuming from the older {path.name} instead")
+            for step, problem in problems:
+                lost = f"{step - step_of(path)} steps are lost, and trained again"
+                warn(f"{problem}; resuming from the older {path.name} instead: {lost}")
             return path, None
         if problems:
             advice = "remove them to start again, or name a sound checkpoint"
-            return None, f"every checkpoint is damaged ({advice}):\n  " + "\n  ".join(problems)
+            return None, f"every checkpoint is damaged ({advice}):\n  " + "\n  ".join(text for _, text in problems)
         return None, None
 
 

@@ -131,4 +131,4 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _tensor_sha256(tensor: Tensor) -> str:
     # A view as bytes: numpy knows no bfloat16.
-    return hashlib.sha256(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
