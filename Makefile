@@ -3,13 +3,14 @@
 #   PYTHON          interpreter that makes the environment (3.10 or newer)
 #   PIP_TORCH_ARGS  further pip arguments for torch, e.g. --index-url of another build
 #   PYTEST_ARGS     pytest arguments besides; two workers if not given; "-k routing" for some of the tests
-#   DEMO_ARGS, BENCH_ARGS, COMPARE_ARGS
+#   DEMO_ARGS, BENCH_ARGS, FAULTS_ARGS, COMPARE_ARGS
 
 PYTHON ?= python3
 PIP_TORCH_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FAULTS_ARGS ?=
 COMPARE_ARGS ?=
 
 BIN := .venv/bin
@@ -18,10 +19,11 @@ CODE := smoe_train tests scripts
 
 # One thread per process: the tests start several processes, and spinning threads slow each other down.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+FAULTS := OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint types format bench bench-adaptive bench-loader compare compare-curriculum docs docker clean
+.PHONY: help demo test test-slow faults faults-nightly lint types format bench bench-adaptive bench-loader bench-save compare compare-curriculum docs docker clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -34,6 +36,12 @@ test: lint types ## lint, types and all tests that are not slow
 
 test-slow: .venv/dev.stamp ## the slow tests
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+faults: .venv/dev.stamp ## inject every fault some dozens of times (at most 10 minutes); writes reliability.json
+	$(FAULTS) --scale commit $(FAULTS_ARGS)
+
+faults-nightly: .venv/dev.stamp ## inject every fault as often as a night allows
+	$(FAULTS) --scale nightly $(FAULTS_ARGS)
 
 lint: .venv/dev.stamp ## ruff: rules and format
 	$(BIN)/ruff check $(CODE)
@@ -54,6 +62,9 @@ bench-adaptive: .venv/package.stamp ## time adaptive gating by its share of toke
 
 bench-loader: .venv/package.stamp ## time the loader beside training steps; an epoch of a 4 GB store (needs 8 GB of disk)
 	$(BIN)/python scripts/bench_loader.py $(BENCH_ARGS)
+
+bench-save: .venv/package.stamp ## time what a checkpoint costs: in the background, waited for, not at all
+	$(BIN)/python scripts/bench_save.py $(BENCH_ARGS)
 
 compare: .venv/dev.stamp ## train every routing policy on a piece of enwik8 and write the table (about an hour)
 	$(BIN)/python scripts/compare_policies.py $(COMPARE_ARGS)

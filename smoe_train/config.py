@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,19 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from smoe_train.bounded import read_bounded
 from smoe_train.errors import Problem, RecipeError
 from smoe_train.registry import suggest
 
 TAGS = ("type", "source")
 MAX_EXTENDS = 16
 COMMAND_LINE = "command line"
+MAX_FILE_BYTES = 128 << 10  # a hundred times what a recipe has; reading YAML takes seconds beyond
+
+# An even number of backslashes before it, or none. OmegaConf would replace it: by the environment, whose secrets a
+# stranger's recipe could so send into the records of a run, or by other texts, which doubles a text with every line.
+_REPLACED = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+_NOT_REPLACED = r"holds ${...}, and recipes have no replacements; write the value itself (or \${ for these characters)"
 
 Tree = dict[str, Any]
 Model = TypeVar("Model", bound="StrictModel")
@@ -117,6 +125,15 @@ def _read_extended(
     return Layered(merge(merged.values, values), merged.origins | lines, str(path))
 
 
+def read_values(path: Path) -> Tree:
+    """Returns the values in a YAML file by itself, such as the recipe in a run's folder.
+
+    Raises:
+        RecipeError: It is missing, or is not a YAML mapping.
+    """
+    return _read_yaml(path)[0]
+
+
 def apply_overrides(layered: Layered, overrides: Sequence[str]) -> Layered:
     """Applies ``key.path=value`` texts on top; values are read as YAML, tags of unions are applied first.
 
@@ -130,12 +147,17 @@ def apply_overrides(layered: Layered, overrides: Sequence[str]) -> Layered:
         if not separator or not key or any(not part for part in key.split(".")):
             problems.append(Problem(COMMAND_LINE, "", f"{text!r} is not an override; write key.path=value"))
             continue
+        if _REPLACED.search(text):
+            problems.append(Problem(COMMAND_LINE, key, _NOT_REPLACED))
+            continue
         try:
             tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=True)
             assert isinstance(tree, dict)
             parsed.append((key, typing.cast(Tree, tree)))
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError) as error:
             problems.append(Problem(COMMAND_LINE, key, f"cannot read the value: {_first_line(error)}"))
+        except (AttributeError, IndexError, KeyError, TypeError):  # of both libraries, for `[x=1` and the like
+            problems.append(Problem(COMMAND_LINE, "", f"{text!r} is not an override; write key.path=value"))
     if problems:
         raise RecipeError(problems)
     # Outer tags before inner ones: a change of tag replaces the block with all that lies in it.
@@ -198,11 +220,15 @@ def build(model: type[Model], layered: Layered) -> tuple[Model | None, list[Prob
 
 def _read_yaml(path: Path) -> tuple[Tree, dict[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode | None):  # OmegaConf would take a lone word for a key
             raise RecipeError([Problem(str(path), "", "expected a YAML mapping of keys to values")])
-        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=True) if root is not None else {}
+        loaded: Any = {}
+        if root is not None:
+            created = _created(path, text)  # refuses too many aliases, before anything follows them
+            _refuse_replacements(path, root)
+            loaded = OmegaConf.to_container(created, resolve=True)
     except OSError as error:
         raise RecipeError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from error
     except UnicodeDecodeError as error:
@@ -219,6 +245,35 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, str]]:
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise RecipeError([Problem(str(path), "", "expected a YAML mapping of keys to values")])
     return typing.cast(Tree, loaded), {key: f"{path}:{line}" for key, line in _lines(root, "")}
+
+
+def _created(path: Path, text: str) -> Any:
+    try:
+        return OmegaConf.create(text)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of PyYAML, for `!!timestamp x` and the like
+        problem = "a value does not fit its YAML tag (!!int, !!timestamp ...); leave tags out"
+        raise RecipeError([Problem(str(path), "", problem)]) from error
+
+
+def _refuse_replacements(path: Path, root: yaml.Node) -> None:
+    problems = [
+        Problem(f"{path}:{node.start_mark.line + 1}", key, _NOT_REPLACED)
+        for key, node in _scalars(root, "")
+        if _REPLACED.search(node.value)
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _scalars(node: yaml.Node, key: str) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    if isinstance(node, yaml.ScalarNode):
+        yield key, node
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _scalars(item, key)
+    elif isinstance(node, yaml.MappingNode):
+        for key_node, value in node.value:
+            yield from _scalars(value, f"{key}.{key_node.value}" if key else str(key_node.value))
 
 
 def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:

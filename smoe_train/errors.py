@@ -6,6 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Returns a text with escapes (``\x1b``) for what a terminal would obey or hide, apart from some characters.
+
+    Names of files, keys and labels come from strangers, and end in messages and logs.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
+
+
 class SmoeError(Exception):
     """Base of all errors that smoe_train raises on purpose; printed without a traceback.
 
@@ -13,6 +23,9 @@ class SmoeError(Exception):
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,8 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.key}: {self.message}" if self.key else f"{self.where}: {self.message}"
+        text = f"{self.where}: {self.key}: {self.message}" if self.key else f"{self.where}: {self.message}"
+        return printable(text)  # a line break in a key would look like another problem
 
 
 class RecipeError(SmoeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,9 +61,13 @@ if TYPE_CHECKING:
 
 def start_process(recipe: Recipe) -> Process:
     """Returns this process, joined to its peers if the recipe's engine works with peers."""
-    from smoe_train.parallel.process import Process
+    from smoe_train.parallel.process import COLLECTIVE_TIMEOUT, Process
 
-    return Process.alone() if recipe.parallel.engine == "local" else Process.start()
+    if recipe.parallel.engine == "local":
+        return Process.alone()
+    # The watchdog, which knows more of a hang, must be the first to find it.
+    hang_seconds = recipe.training.hang_seconds or 0.0
+    return Process.start(max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * hang_seconds)))
 
 
 def build_model(
@@ -75,14 +80,23 @@ def build_model(
         vocab_size: Token ids of the tokenizer.
         make_bank: Builds the expert bank of each MoE layer.
         task: What is asked of a classifier; None for a language model.
+
+    Raises:
+        RecipeError: It does not fit into memory.
     """
     config = SmoeConfig.create(recipe.model, vocab_size, recipe.training.sequence_length, recipe.seed)
-    if task is None:
-        return SmoeForCausalLM(config, make_bank)
-    section = recipe.task
-    assert isinstance(section, SequenceClassificationConfig)
-    config = config.for_classification(task.labels, recipe.causal(), section.pooling, section.dropout)
-    return SmoeForSequenceClassification(config, make_bank)
+    try:
+        if task is None:
+            return SmoeForCausalLM(config, make_bank)
+        section = recipe.task
+        assert isinstance(section, SequenceClassificationConfig)
+        config = config.for_classification(task.labels, recipe.causal(), section.pooling, section.dropout)
+        return SmoeForSequenceClassification(config, make_bank)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "overflow" in str(error):
+            problem = "does not fit into memory; `smoe-train validate` shows its size: make it smaller"
+            raise RecipeError([Problem(recipe.name, "model", problem)]) from error
+        raise
 
 
 def pretrained_weights(recipe: Recipe, tokenizer: str) -> Pretrained | None:

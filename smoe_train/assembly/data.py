@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from smoe_train.checkpoint import Checkpoint
+from smoe_train.checkpoint.average import AVERAGE_OF
 from smoe_train.data import (
     SOURCES,
     ExampleStore,
@@ -213,6 +214,11 @@ def check_identity(recipe: Recipe, store: AnyStore, checkpoint: Checkpoint) -> N
     Raises:
         CheckpointError: They differ; the message names each key with both values.
     """
+    if AVERAGE_OF in checkpoint.state:
+        raise CheckpointError(
+            f"{checkpoint.path}: is an average of checkpoints and holds no optimizer state, so no run can be resumed "
+            "from it; begin a new one with its weights: initialise.path"
+        )
     saved, expected = checkpoint.state.get("identity", {}), identity(recipe, store)
     known = {**recipe.with_defaults().identity(), **saved}
     different = [

@@ -98,10 +98,10 @@ def report_task(
     checkpoint: Checkpoint,
     run_folder: Path,
     process: Process,
-) -> list[SplitResult]:
+) -> TaskResult | None:
     """Evaluates the checkpoint that was chosen on all splits but train, once; all ranks call it.
 
-    Predictions of each split go to ``predictions/``, the figures of those with labels to ``results.json``.
+    Predictions of each split go to ``predictions/``.
 
     Args:
         model: Inside an engine or not; its weights become those of the checkpoint.
@@ -112,10 +112,10 @@ def report_task(
         process: This process among its peers.
 
     Returns:
-        The figures of the splits with labels.
+        On the first rank, the figures of the splits with labels; None if there is no such split.
 
     Raises:
-        RunFailedError: The results cannot be written.
+        RunFailedError: The predictions cannot be written.
     """
     load_weights(model, checkpoint)
     top_k = (recipe.evaluation.top_k or (recipe.model.moe.top_k,))[0]
@@ -131,11 +131,10 @@ def report_task(
         if score.metrics:
             constant = constant_baseline(store.task, store.split("train").labels, examples.labels)
             found.append(SplitResult(split, score.examples, score.metrics, score.score, constant))
-    if process.is_first and found:
-        chosen = {"split": "selection", "score": -checkpoint.state["train"]["best_cost"], "step": checkpoint.step}
-        result = TaskResult(store.task.name, tuple(found), recipe.name, recipe.seed, checkpoint.step, chosen)
-        result.write(run_folder)
-    return found
+    if not (process.is_first and found):
+        return None
+    chosen = {"split": "selection", "score": -checkpoint.state["train"]["best_cost"], "step": checkpoint.step}
+    return TaskResult(store.task.name, tuple(found), recipe.name, recipe.seed, checkpoint.step, chosen)
 
 
 def require_kind(recipe: Recipe, checkpoint: Checkpoint, classifier: bool) -> None:

@@ -7,6 +7,7 @@ elsewhere (`tokenizers`, `token_store`, `example_store`).
 from __future__ import annotations
 
 import hashlib
+import stat
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,9 +224,12 @@ class StoredFile:
             DataError: There is none that can be looked at.
         """
         try:
-            return cls(str(path), path.stat().st_size, lambda: path.open("rb"))
+            state = path.stat()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(state.st_mode):  # a pipe or a device, which has no size and perhaps no end
+            raise DataError(f"{path}: is no regular file; give a file")
+        return cls(str(path), state.st_size, lambda: path.open("rb"))
 
     def chunks(self) -> Iterator[bytes]:
         """Yields the contents in chunks of about 1 MiB; raises DataError when it cannot."""

@@ -8,18 +8,27 @@ tokenizers. The split's first token, which is not predicted, counts as much as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_train.data.batches.loader import IGNORED_LABEL, EvaluationBatches
+from smoe_train.data.batches.loader import IGNORED_LABEL, MicroBatch
 from smoe_train.routing.contract import same_on_one_rank
 from smoe_train.schedules import Knobs
 
 StatSums = dict[int, dict[str, Tensor]]
+
+
+class Batches(Protocol):
+    """Micro-batches whose number is known, as `EvaluationBatches`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[MicroBatch]: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class LanguageModelScore:
 
 def evaluate_language_model(
     model: nn.Module,
-    batches: EvaluationBatches,
+    batches: Batches,
     knobs: Sequence[Knobs],
     text: TextFigures,
     device: torch.device,

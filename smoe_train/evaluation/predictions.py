@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from smoe_train.bounded import read_bounded
 from smoe_train.data.examples import TaskInfo
 from smoe_train.durable import write_file
 from smoe_train.errors import DataError, RunFailedError
 
 PREDICTIONS = "predictions"
 HEADER = "index\tprediction"
+MAX_BYTES = 256 << 20
 
 Row = tuple[int, str]
 
@@ -71,7 +73,7 @@ def read_predictions(path: Path) -> list[Row]:
         DataError: The file cannot be read or is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = read_bounded(path, MAX_BYTES).decode().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a file of predictions: {error}") from error
     if lines[0] != HEADER:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from smoe_train.bounded import read_json
 from smoe_train.durable import write_file
 from smoe_train.errors import DataError, RunFailedError
 
@@ -87,7 +88,7 @@ class TaskResult:
         """
         path = run_folder / RESULTS
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path)
             return cls(
                 str(content["task"]),
                 tuple(_split(one) for one in (content, *content.get("others", ()))),

@@ -10,11 +10,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
+from smoe_train.config import read_values
 from smoe_train.data.examples import DEV
 from smoe_train.data.reading.glue_tasks import GLUE_TASKS
-from smoe_train.errors import DataError
+from smoe_train.errors import DataError, RecipeError
 from smoe_train.evaluation.results import RESULTS, SplitResult, TaskResult
 
 # The tasks of the GLUE score (arXiv 1804.07461, table 1); many papers leave WNLI out, as its dev split is adversarial.
@@ -188,8 +187,8 @@ def summarise(run_folders: Sequence[Path], with_wnli: bool = True) -> Summary:
 
 def _recipe_but_for_seed(folder: Path) -> str:
     try:
-        recipe = dict(yaml.safe_load((folder / RECIPE).read_bytes()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        recipe = read_values(folder / RECIPE)
+    except RecipeError as error:
         raise DataError(
             f"{folder / RECIPE}: cannot be read ({error}), and the results name no setting, so it is not known with "
             "which runs they belong together"

@@ -19,9 +19,9 @@ class MoeConfig(StrictModel):
     layers: Literal["all"] | tuple[int, ...] = "all"
     """Indices of the layers whose feed-forward is a mixture of experts; an empty list gives the dense twin of a recipe,
     in which the other options of this section rest."""
-    num_experts: int = Field(8, ge=1)
+    num_experts: int = Field(8, ge=1, le=1_000_000)
     """Routed experts a layer."""
-    d_ff: int = Field(512, ge=1)
+    d_ff: int = Field(512, ge=1, le=1 << 24)
     """Hidden width of one expert."""
     top_k: int = Field(2, ge=1)
     """Experts a token in evaluation and inference, and in training unless curriculum.top_k schedules it."""
@@ -36,13 +36,13 @@ class MoeConfig(StrictModel):
 class ModelConfig(StrictModel):
     """A transformer."""
 
-    d_model: int = Field(256, ge=1)
+    d_model: int = Field(256, ge=1, le=1 << 20)
     """Width of the residual stream."""
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=10_000)
     """Transformer blocks."""
     num_heads: int = Field(8, ge=1)
     """Attention heads; must divide d_model."""
-    d_ff: int | None = Field(None, ge=1)
+    d_ff: int | None = Field(None, ge=1, le=1 << 24)
     """Hidden width of the feed-forward in layers that are not MoE; 4 * d_model if not given."""
     feed_forward: FeedForwardKind = "gelu"
     """Two layers with bias (``relu``, ``gelu``) or gated without (``swiglu``); for dense layers and experts alike."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from smoe_train.config import StrictModel
 from smoe_train.data import SOURCES
 from smoe_train.parallel.topology import parallel_problems, topology_problem
 from smoe_train.recipe.pretrained import options_of_training
@@ -16,6 +17,7 @@ from smoe_train.registry import suggest
 from smoe_train.routing import ROUTERS
 from smoe_train.schedules import CompetitionConfig
 from smoe_train.schedules.curriculum import LARGEST_MULTI_STEP
+from smoe_train.training.config import TrainingConfig
 from smoe_train.training.task_config import SequenceClassificationConfig
 
 Found = list[tuple[str, str, tuple[str, ...]]]
@@ -53,7 +55,7 @@ def cross_check(recipe: Recipe, world_size: int | None) -> Found:
         (f"model.{key}", message, shape_keys)
         for key, message in model.problems(k_values, training.max_steps, recipe.causal(), recipe.loads_routers())
     ]
-    found += _curriculum_checks(recipe) + _task_checks(recipe)
+    found += _curriculum_checks(recipe) + _task_checks(recipe) + _health_checks(recipe)
     longest = model.max_sequence_length
     if longest is not None and longest < training.sequence_length:
         message = f"{longest} is less than training.sequence_length {training.sequence_length}"
@@ -103,6 +105,45 @@ def _task_checks(recipe: Recipe) -> Found:
     if initialise.router == "new" and not layers:
         found.append(("initialise.router", "has no effect: the model has no MoE layer", ("model.moe.layers",)))
     return found
+
+
+def _health_checks(recipe: Recipe) -> Found:
+    found: Found = []
+    health, max_steps = recipe.health, recipe.training.max_steps
+    spike, collapse = health.loss_spike, health.router_collapse
+    idle_with = {"non_finite": "stop", "loss_spike": "off", "router_collapse": "off"}
+    changed = {name: _changed(getattr(health, name)) for name in idle_with}
+    for name, action in idle_with.items():
+        if getattr(health, name).action == action:
+            message = f"has no effect with action: {action}; leave it out"
+            found += [(f"health.{name}.{key}", message, (f"health.{name}.action",)) for key in changed[name]]
+    if not recipe.model.moe_layers() and (changed["router_collapse"] or collapse.action not in ("warn", "off")):
+        found.append(("health.router_collapse", "has no effect: the model has no MoE layer", ("model.moe.layers",)))
+    if collapse.action != "off" and collapse.dead_experts is collapse.imbalance is collapse.entropy_below is None:
+        message = "there is nothing to watch for: dead_experts, imbalance and entropy_below are null; use off"
+        found.append(("health.router_collapse.action", message, ("health.router_collapse",)))
+    # Steps without an alarm; the defaults may exceed a short run.
+    quiet = {("loss_spike", "window_steps"): spike.window_steps // 2 + spike.in_a_row - 1}
+    quiet["router_collapse", "patience_steps"] = collapse.patience_steps - 1
+    for (section, option), steps in quiet.items():
+        if getattr(health, section).action != "off" and option in changed[section] and steps >= max_steps:
+            message = f"there is no alarm before training.max_steps {max_steps}: use a smaller one, or action: off"
+            found.append((f"health.{section}.{option}", message, ("training.max_steps",)))
+    back = [name for name in idle_with if getattr(health, name).action == "rollback"]
+    if back and min(recipe.checkpoint.every_steps, recipe.evaluation.every_steps) >= max_steps:
+        message = "there is no checkpoint to go back to before training.max_steps; lower checkpoint.every_steps"
+        read = ("checkpoint.every_steps", "evaluation.every_steps", "training.max_steps")
+        found += [(f"health.{name}.action", message, read) for name in back]
+    return found
+
+
+def _changed(section: StrictModel) -> list[str]:
+    """Returns the options of an alarm, beside its action, that are not at their defaults."""
+    return [
+        name
+        for name, field in type(section).model_fields.items()
+        if name != "action" and getattr(section, name) != field.default
+    ]
 
 
 def _curriculum_checks(recipe: Recipe) -> Found:
@@ -210,7 +251,19 @@ def _topology_checks(recipe: Recipe, world_size: int) -> Found:
     if training.global_batch_size % together:
         message = (
             f"{training.global_batch_size} is not a multiple of {together} = {world_size} processes x "
-            f"training.micro_batch_size {training.micro_batch_size}"
+            f"training.micro_batch_size {training.micro_batch_size}; {_ways_to_share(training, world_size)}"
         )
         found.append(("training.global_batch_size", message, ("training.micro_batch_size",)))
     return found
+
+
+def _ways_to_share(training: TrainingConfig, world_size: int) -> str:
+    """Returns with which sizes of micro-batch, or on how many processes, the global batch can be had."""
+
+    def divisors(number: int) -> str:
+        return ", ".join(str(one) for one in range(1, min(number, 256) + 1) if number % one == 0)
+
+    share, rest = divmod(training.global_batch_size, world_size)
+    if rest == 0:
+        return f"micro-batches of {divisors(share)} would do"
+    return f"it can be shared by {divisors(training.global_batch_size)} processes"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoe_train.bounded import read_json
 from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST, find_checkpoint
-from smoe_train.config import read_layers
+from smoe_train.config import read_values
 from smoe_train.errors import CheckpointError, RecipeError
 from smoe_train.model.config import section_of
 from smoe_train.routing import ROUTERS
@@ -109,7 +109,7 @@ def find_pretrained(path: Path, which: str) -> Pretrained:
 
 def _model_of_run(folder: Path) -> dict[str, Any]:
     try:
-        values = read_layers(folder / RECIPE, lambda name, _: Path(name)).values
+        values = read_values(folder / RECIPE)
     except RecipeError as error:
         raise CheckpointError(f"{folder / RECIPE}: is not the recipe of a run: {error}") from error
     model = dict(values.get("model") or {})
@@ -120,7 +120,7 @@ def _model_of_run(folder: Path) -> dict[str, Any]:
 
 def _model_of_export(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if values.get("model_type") != "smoe":
             raise CheckpointError(
                 f"{path}: describes a model of type {values.get('model_type')!r}; weights can be taken from a 'smoe' "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from smoe_train.schedules import (
     LearningRateConfig,
 )
 from smoe_train.training.config import EvaluationConfig, OptimizerConfig, TrainingConfig
+from smoe_train.training.health_config import HealthConfig
 from smoe_train.training.task_config import (
     InitialiseConfig,
     LanguageModellingConfig,
@@ -72,6 +74,8 @@ class Recipe(StrictModel):
     """Validation during training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written and how many stay."""
+    health: HealthConfig = HealthConfig()
+    """What becomes of numerical faults, loss spikes and collapsed routers."""
     parallel: ParallelConfig = ParallelConfig()
     """How the run is spread over processes."""
     reporting: ReportingConfig = ReportingConfig()
@@ -142,7 +146,8 @@ def _literal(value: Any) -> Any:
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_literal(item) for item in value]
-    return value.replace("${", r"\${") if isinstance(value, str) else value
+    # Backslashes before it count as escaped ones.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def json_schema() -> dict[str, Any]:

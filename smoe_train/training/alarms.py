@@ -160,9 +160,9 @@ class Alarms:
                 layer = self._layers.setdefault(record["layer"], _Layer())
                 found = layer.judge(record, before, step, config)
                 begun |= {f"layer {record['layer']}: {text}": value for text, value in found.items()}
+        if records and not any(layer.in_danger(config) for layer in self._layers.values()):
+            self._over("router_collapse", step)
         if not begun:
-            if not any(layer.collapsed for layer in self._layers.values()):
-                self._over("router_collapse", step)
             return None
         lines = [f"{where}, since step {since + 1} ({setting})" for where, (since, setting) in begun.items()]
         since = min(since for since, _ in begun.values()) + 1
@@ -193,35 +193,38 @@ class _Layer:
 
     def judge(self, record: Mapping[str, Any], before: int, step: int, config: RouterCollapseConfig) -> Found:
         """Takes in the record of steps ``before`` + 1 to ``step``; returns what has now held for long enough."""
-        load = record["load"]
+        load, entropy = record["load"], record["entropy_normalised"]
         idle = self.idle_after or [None] * len(load)
         self.idle_after = [
             None if share > 0.0 else before if after is None else after for share, after in zip(load, idle, strict=True)
         ]
         room = len(load) / max(record["experts_per_token"], 1e-9) - 1.0  # none where all experts see every token
-        holds = {
-            "imbalance": config.imbalance is not None
-            and room > 1e-6
-            and (record["load_max_over_mean"] - 1.0) / room >= config.imbalance,
-            "entropy_below": config.entropy_below is not None and record["entropy_normalised"] < config.entropy_below,
-        }
-        self.holds_after = {name: self.holds_after.get(name, before) for name, held in holds.items() if held}
-        texts = {
-            "imbalance": f"one expert receives {max(load) * record['experts_per_token']:.0%} of the tokens",
-            "entropy_below": f"its router's entropy is {record['entropy_normalised']:.2g} of the highest",
-        }
-        lasting = {name: after for name, after in self.holds_after.items() if step - after >= config.patience_steps}
-        found = {name: (texts[name], after) for name, after in lasting.items()}
-        dead = {
-            expert: after
-            for expert, after in enumerate(self.idle_after)
-            if after is not None and step - after >= config.patience_steps
-        }
-        if config.dead_experts is not None and dead and len(dead) / len(load) >= config.dead_experts:
+        imbalance = (record["load_max_over_mean"] - 1.0) / room if room > 1e-6 else 0.0
+        texts = {}
+        if config.imbalance is not None and imbalance >= config.imbalance:
+            texts["imbalance"] = f"one expert receives {max(load) * record['experts_per_token']:.0%} of the tokens"
+        if config.entropy_below is not None and entropy < config.entropy_below:
+            texts["entropy_below"] = f"its router's entropy is {entropy:.2g} of the highest"
+        self.holds_after = {name: self.holds_after.get(name, before) for name in texts}
+        long_ago = step - config.patience_steps
+        found = {name: (texts[name], after) for name, after in self.holds_after.items() if after <= long_ago}
+        dead = {expert: after for expert, after in self._idle().items() if after <= long_ago}
+        if self._too_many(dead, config):
             found["dead_experts"] = (f"{_listed(dead)} of {len(load)} have received no token", max(dead.values()))
         new = [name for name in found if name not in self.collapsed]
         self.collapsed = list(found)
         return {found[name][0]: (found[name][1], f"health.router_collapse.{name}") for name in new}
+
+    def in_danger(self, config: RouterCollapseConfig) -> bool:
+        """Whether something holds that will be an alarm if it goes on."""
+        return bool(self.holds_after) or self._too_many(self._idle(), config)
+
+    def _idle(self) -> dict[int, int]:
+        return {expert: after for expert, after in enumerate(self.idle_after) if after is not None}
+
+    def _too_many(self, idle: Mapping[int, int], config: RouterCollapseConfig) -> bool:
+        share = config.dead_experts
+        return share is not None and len(idle) > 0 and len(idle) / len(self.idle_after) >= share
 
     def to_json(self) -> dict[str, Any]:
         return {"idle_after": self.idle_after, "holds_after": self.holds_after, "collapsed": self.collapsed}

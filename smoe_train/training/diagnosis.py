@@ -14,8 +14,8 @@ from smoe_train.model import StackedExperts
 from smoe_train.routing import Assignment, Router
 
 FORWARD, BACKWARD = 0, 1
+BEFORE_ALL, AFTER_ALL = -1, 2**31
 NOT_LOOKED_AT = frozenset({"stats", "routing_stats"})  # figures, which nothing is computed from
-AFTER_ALL = 2**31
 
 
 class Finding(NamedTuple):
@@ -51,7 +51,7 @@ def find_non_finite(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) ->
     device = next(model.parameters()).device
     search = _Search(model)
     for name, parameter in model.named_parameters():
-        search.look((FORWARD, -1), f"the weight {name}", parameter.detach(), search.experts_of.get(name))
+        search.look((FORWARD, BEFORE_ALL), f"the weight {name}", parameter.detach(), search.experts_of.get(name))
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type), torch.enable_grad(), search.watching():
         for number, loss in enumerate(losses()):
@@ -75,12 +75,14 @@ def describe(findings: Sequence[Finding | None]) -> str:
     found = [(finding, rank) for rank, finding in enumerate(findings) if finding is not None]
     if not found:
         return (
-            "computed again, the step was finite on all ranks, so it was a passing fault, of memory, an arithmetic unit "
-            "or communication"
+            "computed again, the step was finite on all ranks, so it was a passing fault, of memory, an arithmetic "
+            "unit or communication"
         )
     first, rank = min(found)
     others = [str(other) for finding, other in found if finding.order == first.order and other != rank]
     also = f" (at the same time on {', '.join(others)})" if others else ""
+    if first.order[2] == BEFORE_ALL:
+        return f"first on rank {rank}{also}, {first.text}, before anything was computed"
     when = f"in the {'backward' if first.order[1] == BACKWARD else 'forward'} pass of micro-batch {first.order[0]}"
     return f"first on rank {rank}{also}, {first.text}, {when}"
 

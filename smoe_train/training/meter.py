@@ -51,7 +51,8 @@ class Meter:
         """Closes a step: its losses are the means over its micro-batches.
 
         Args:
-            facts: What else to record of the step; tensors are read when the window is.
+            facts: What else to record of the step; tensors are read when the window is. With a true ``skipped`` the
+                step does not count in the routing of the window.
             weights: The curriculum's factors on the coefficients of auxiliary losses in this step.
 
         Returns:
@@ -62,6 +63,8 @@ class Meter:
         self._facts.append(dict(facts))
         self._weights.append(weights)
         stats, self._step_stats, self._micro = self._step_stats, {}, []
+        if facts.get("skipped"):  # its routing is that of a fault, or was judged when training was taken back
+            return stats
         add_stats(self._routing, stats)
         # k may change within the window; a policy that uses fewer slots on purpose says how many it wanted.
         wanted = {layer: sums["tokens"] * facts["top_k"] for layer, sums in stats.items() if "wanted_slots" not in sums}

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from smoe_train.errors import CheckpointError
+
 
 @dataclass
 class TrainState:
@@ -36,6 +40,13 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
-        """Returns the state that `to_json` wrote, also that of an older version, which knew less of itself."""
+        """Returns the state that `to_json` wrote, also that of an older version, which knew less of itself.
+
+        Raises:
+            CheckpointError: It is none, whoever wrote it.
+        """
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        return cls(**{"validated_step": values["step"], **known})
+        try:
+            return TypeAdapter(cls).validate_python({"validated_step": values["step"], **known}, strict=True)
+        except (KeyError, ValidationError) as error:
+            raise CheckpointError(f"the checkpoint's state of training is none: {error}; use another one") from error

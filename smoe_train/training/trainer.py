@@ -233,7 +233,9 @@ class Trainer:
         if alarm.action == "stop":
             self.saver.settle()
             message = f"{alarm.message}; the newest checkpoint is from before"
-            raise RunFailedError(f"{message}. {CALMER}") if alarm.name == "non_finite" else CheckFailedError(message)
+            if alarm.name == "non_finite":
+                raise RunFailedError(f"{message}. {CALMER}")
+            raise CheckFailedError(f"{message}. {CALMER}, or go on all the same: health.{alarm.name}.action=warn")
         end = {"skip": "; weights and moments stay as they were", "rollback": "; going back to a checkpoint"}
         self.note(f"warning: {alarm.message}{end.get(alarm.action, '')}")
         return alarm.action == "rollback"

@@ -191,8 +191,8 @@ def test_broken_yaml_is_refused_with_its_line(tmp_path, text, line, what):
         ("3", "expected a YAML mapping"),
         ("1: 2", "expected a YAML mapping"),
         ("a: &a [*a]", "not valid YAML"),
-        ("name: ${name}", "not valid YAML"),
-        ("name: ${nowhere}", "not valid YAML"),
+        ("name: ${name}", "no replacements"),
+        ("a: [x, {b: '${oc.env:HOME}'}]", "no replacements"),
     ],
 )
 def test_what_is_no_recipe_is_refused(tmp_path, text, what):

@@ -375,6 +375,58 @@ CONTRADICTIONS = [
         "curriculum.top_k.high",
         "17 is never reached",
     ),
+    *(
+        (None, {"health": {name: {"action": action, key: value}}}, f"health.{name}.{key}", f"action: {action}; leave")
+        for name, action, key, value in (
+            ("non_finite", "stop", "in_a_row", 5),
+            ("loss_spike", "off", "threshold", 7.0),
+            ("loss_spike", "off", "window_steps", 4000),
+            ("router_collapse", "off", "dead_experts", None),
+        )
+    ),
+    (
+        None,
+        {"model": moe(layers=[]), "health": {"router_collapse": {"action": "stop"}}},
+        "health.router_collapse",
+        "has no effect: the model has no MoE layer",
+    ),
+    (
+        None,
+        {"model": moe(layers=[]), "health": {"router_collapse": {"patience_steps": 3}}},
+        "health.router_collapse",
+        "has no effect: the model has no MoE layer",
+    ),
+    (
+        None,
+        {"health": {"router_collapse": {"dead_experts": None, "imbalance": None, "entropy_below": None}}},
+        "health.router_collapse.action",
+        "nothing to watch for",
+    ),
+    (
+        None,
+        {"health": {"loss_spike": {"window_steps": 1998}}},  # the first loss that has 999 before it, and two more
+        "health.loss_spike.window_steps",
+        "no alarm before training.max_steps 1000",
+    ),
+    (
+        None,
+        {"health": {"router_collapse": {"patience_steps": 1001}}},
+        "health.router_collapse.patience_steps",
+        "no alarm before training.max_steps 1000",
+    ),
+    *(
+        (
+            None,
+            {
+                "health": {name: {"action": "rollback"}},
+                "checkpoint": {"every_steps": 1000},
+                "evaluation": {"every_steps": 1000},
+            },
+            f"health.{name}.action",
+            "no checkpoint to go back to",
+        )
+        for name in ("non_finite", "loss_spike", "router_collapse")
+    ),
     (6, {"parallel": {"expert_parallel_size": 3}}, "parallel.expert_parallel_size", "valid for 6 processes"),
     (2, {"parallel": {"expert_parallel_size": 4}}, "parallel.expert_parallel_size", "does not divide the 2 processes"),
     (3, {"training": {"global_batch_size": 16}}, "training.global_batch_size", "not a multiple of 24 = 3 processes"),
@@ -411,6 +463,15 @@ def test_a_curriculum_that_has_an_effect_is_accepted():
     assert problems(model=adaptive, curriculum={"threshold": first_and_last, "order": order}) == {}
     over_adaptive = moe(router={"type": "sim_smoe", "base": {"type": "adaptive"}})
     assert "curriculum.order" not in problems(model=over_adaptive, curriculum={"order": {}})
+
+
+def test_alarms_that_have_an_effect_are_accepted():
+    short = {"training": {"max_steps": 9}, "learning_rate": {"warmup_steps": 0}}
+    assert problems(**short) == {}, "a run may be shorter than the alarms' defaults"
+    assert problems(model=moe(layers=[]), health={"router_collapse": {"action": "off"}}) == {}
+    assert problems(health={"loss_spike": {"window_steps": 1994}, "router_collapse": {"patience_steps": 1000}}) == {}
+    assert problems(health={"non_finite": {"action": "rollback", "in_a_row": 9}}) == {}
+    assert list(problems(health={"non_finite": {"in_a_row": 1}})) == ["health.non_finite.in_a_row"]
 
 
 def test_a_threshold_reaches_adaptive_gating_below_another_policy():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from smoe_train.bounded import read_json
 from smoe_train.data.examples import DEV, TEST, TRAIN, TaskInfo
 from smoe_train.data.reading.labelled_source import HubSplit, PublishedConfig, SplitSource
 from smoe_train.data.reading.row_examples import Columns
@@ -139,9 +139,9 @@ def _check_categories(files: set[Path]) -> None:
         if not path.is_file():
             continue
         try:
-            names: Sequence[str] = json.loads(path.read_bytes())
+            names: Sequence[str] = read_json(path)
             wrong = sorted(set(names) ^ set(INTENTS))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path}: is no JSON list of intents: {error}; fetch it again") from error
         if wrong:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from smoe_train.bounded import read_bounded
 from smoe_train.data import progress
 from smoe_train.data.reading.archives import is_zip, open_members
 from smoe_train.data.reading.download import Published, fetch, location
@@ -27,6 +29,7 @@ TEXT8 = StandardText(
     ),
     md5="3bea1919949baf155f99411df5fada7e",
 )
+DIGEST = "sha256"
 REMEDY = "set data.path to it, or data.dump_path to enwik9, which text8 is made from"
 
 DIGITS = (b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine")
@@ -160,14 +163,25 @@ def _derived(path: Path, cache: Path) -> Path:
     final = cache / "derived" / f"text8-{digest[:32]}" / "text8"
 
     def build(folder: Path) -> None:
-        left = TEXT8.num_bytes
+        left, written = TEXT8.num_bytes, hashlib.sha256()
         task = progress.current().task("making text8", TEXT8.num_bytes)
         with (folder / final.name).open("wb") as file, task as advance:
             for text in filtered(dump.chunks()):
+                written.update(text[:left])
                 left -= file.write(text[:left])
                 advance(len(text))
                 if not left:
                     break
+        (folder / DIGEST).write_text(written.hexdigest())
 
-    build_once(final.parent, build, lambda _: final.is_file())
+    build_once(final.parent, build, _intact)
     return final
+
+
+def _intact(folder: Path) -> bool:
+    """Returns whether the text made of a dump is still what it was; a piece of text8 has no published digest."""
+    try:
+        recorded = read_bounded(folder / DIGEST, 64).decode()
+        return recorded == checksum(StoredFile.at(folder / TEXT8.name).chunks())[1]
+    except (OSError, UnicodeDecodeError, DataError):
+        return False

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from smoe_train.bounded import read_json
 from smoe_train.data.source import Source
 
 SETTLING_NANOSECONDS = 2_000_000_000
@@ -62,7 +63,7 @@ def recall(stamp: Stamp | None, cache: Path) -> str | None:
     if stamp is None:
         return None
     try:
-        fingerprint = json.loads(_entry(stamp, cache).read_text(encoding="utf-8"))["corpus"]
+        fingerprint = read_json(_entry(stamp, cache))["corpus"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return fingerprint if isinstance(fingerprint, str) else None

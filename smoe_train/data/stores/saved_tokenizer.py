@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from smoe_train.bounded import MAX_JSON_BYTES, read_bounded
 from smoe_train.config import StrictModel
 from smoe_train.data.stores.build_once import build_once
 from smoe_train.data.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig, TrainingText
@@ -115,7 +116,7 @@ def read_record(folder: Path) -> TokenizerRecord:
         DataError: There is no saved tokenizer, or it is damaged or incomplete.
     """
     try:
-        record = TokenizerRecord.model_validate_json((folder / RECORD).read_bytes())
+        record = TokenizerRecord.model_validate_json(read_bounded(folder / RECORD, MAX_JSON_BYTES))
     except OSError as error:
         raise DataError(f"{folder}: holds no saved tokenizer: {RECORD}: {error.strerror}") from error
     except ValidationError as error:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError
 
+from smoe_train.bounded import MAX_JSON_BYTES, read_bounded
 from smoe_train.config import StrictModel
 from smoe_train.data.source import StoredFile, checksum
 from smoe_train.errors import DataError
@@ -49,7 +50,7 @@ def read_record(model: type[Record], folder: Path, kind: str, version: int) -> R
     """
     path = folder / RECORD
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_JSON_BYTES)
         found = FormatVersion.model_validate_json(data).format_version
         if found != version:
             raise DataError(f"{folder}: has format {found}, this version reads {version}; {REMEDY}")

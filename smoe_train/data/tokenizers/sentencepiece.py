@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from smoe_train.bounded import read_bounded
 from smoe_train.data.stores.saved_tokenizer import learnt_once
 from smoe_train.data.tokenizer import Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
 from smoe_train.data.tokenizers.pieces import TextTokenizer, text_pieces, well_formed
 from smoe_train.errors import DataError
 
 MODEL = "sentencepiece.model"
+MAX_MODEL_BYTES = 64 << 20
 NEWLINE = "\n"
 # SentencePiece writes spaces so, and would take this character for one.
 SPACE_MARK = "\u2581"
@@ -151,7 +153,7 @@ class SentencePieceTokenizer(TextTokenizer):
     @classmethod
     def _read(cls, path: Path, config: SentencePieceConfig) -> SentencePieceTokenizer:
         try:
-            return cls(config, path.read_bytes(), str(path))
+            return cls(config, read_bounded(path, MAX_MODEL_BYTES), str(path))
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read: {error.strerror}; give a model file of SentencePiece, or leave the path out "

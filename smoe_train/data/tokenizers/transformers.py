@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from smoe_train.bounded import read_bounded
 from smoe_train.data.tokenizer import Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
 from smoe_train.data.tokenizers.pieces import TextTokenizer, well_formed
 from smoe_train.errors import DataError
@@ -32,6 +33,7 @@ FILES = (
 )
 # Says what class the tokenizer has, where `tokenizer_config.json` does not.
 MODEL_CONFIG = "config.json"
+MAX_BYTES = 256 << 20
 
 # Its ids are part of the fingerprint: a version of the library that splits otherwise makes another tokenizer.
 PROBE = (
@@ -145,9 +147,9 @@ class TransformersTokenizer(TextTokenizer):
     @classmethod
     def _read(cls, folder: Path, config: TransformersConfig) -> TransformersTokenizer:
         try:
-            found = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+            found = {name: read_bounded(folder / name, MAX_BYTES) for name in FILES if (folder / name).is_file()}
             if not _names_class(found, folder) and (folder / MODEL_CONFIG).is_file():
-                found[MODEL_CONFIG] = (folder / MODEL_CONFIG).read_bytes()
+                found[MODEL_CONFIG] = read_bounded(folder / MODEL_CONFIG, MAX_BYTES)
         except OSError as error:
             raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
         if not found.keys() - {MODEL_CONFIG, "tokenizer_config.json", "special_tokens_map.json"}:
@@ -170,7 +172,7 @@ class TransformersTokenizer(TextTokenizer):
 def _names_class(files: Mapping[str, bytes], folder: Path) -> bool:
     try:
         config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{folder / 'tokenizer_config.json'}: is not valid JSON: {error}") from error
     return isinstance(config, dict) and "tokenizer_class" in config
 

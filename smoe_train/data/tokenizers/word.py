@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from smoe_train.bounded import read_bounded
 from smoe_train.data.source import Offsets
 from smoe_train.data.stores.saved_tokenizer import learnt_once
 from smoe_train.data.tokenizer import TokenArray, Tokenizer, TokenizerConfig, TrainingText, register_tokenizer
@@ -19,6 +20,7 @@ from smoe_train.data.tokenizers.words import END_OF_LINE, UNKNOWN, words_of
 from smoe_train.errors import DataError
 
 VOCABULARY = "vocabulary.txt"
+MAX_VOCABULARY_BYTES = 256 << 20
 
 
 class WordConfig(TokenizerConfig):
@@ -134,7 +136,7 @@ def read_vocabulary(path: Path) -> list[bytes]:
         DataError: There is no such file, or a line is not one word that no line before has.
     """
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_VOCABULARY_BYTES)
         data.decode("utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; give a vocabulary, one word a line") from error

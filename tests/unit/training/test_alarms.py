@@ -104,6 +104,24 @@ def test_rollbacks_that_do_not_help_end_the_run():
     assert alarms.judge(losses([9.0, 9.0], first=28), [])[0].action == "rollback", "that was another spike"
 
 
+def test_rollbacks_do_not_help_a_router_that_collapses_again_each_time():
+    alarms = collapse_alarms(patience_steps=10)
+    saved = alarms.to_json()
+    actions = []
+    for first in (0, 10, 20, 30):  # a checkpoint of step `first`; the steps before it were left out
+        steps, routing = window(first + 5, [0.5, 0.5, 0.0, 0.0])
+        assert alarms.judge(steps, routing) == []
+        (alarm,) = alarms.judge(*window(first + 10, [0.5, 0.5, 0.0, 0.0]))
+        actions.append(alarm.action)
+        alarms.go_back(saved)
+        left_out = [{**step, "skipped": True} for step in steps]
+        assert alarms.judge(left_out, []) == [], "the meter counts no routing of steps that are left out"
+    assert actions == ["rollback", "rollback", "rollback", "stop"]
+    alarms.judge(*window(45, EVEN))
+    alarms.judge(*window(50, [0.5, 0.5, 0.0, 0.0]))
+    assert alarms.judge(*window(55, [0.5, 0.5, 0.0, 0.0]))[0].action == "rollback", "it had recovered"
+
+
 def test_an_expert_that_gets_nothing_for_long_enough_is_dead():
     alarms = collapse_alarms(dead_experts=0.5, imbalance=None, entropy_below=None)
     assert alarms.judge(*window(5, EVEN)) == []

@@ -56,6 +56,7 @@ def test_a_weight_that_is_damaged_is_named_with_its_expert(model):
     found = search(model)
     assert found.order[:2] == (0, FORWARD)
     assert found.text == f"the weight {EXPERTS}.w_in of expert 2 (1 of 768 values, infinite)"
+    assert describe([None, found]) == f"first on rank 1, {found.text}, before anything was computed"
 
 
 @pytest.mark.parametrize("path", ["model.embed_tokens", "model.layers.0.attention.out", "model.norm", "lm_head"])
@@ -186,8 +187,9 @@ def test_healthy_routers_have_no_finding(router):
 def test_the_earliest_finding_of_all_ranks_is_the_one_told():
     first, later = Finding((0, FORWARD, 3), "the output of a"), Finding((0, FORWARD, 9), "the output of b")
     backward = Finding((0, BACKWARD, 1), "the gradient of c")
-    assert describe([later, None, first]) == "first not finite on rank 2, micro-batch 0, forward: the output of a"
-    assert "rank 0 (at the same time on 3)" in describe([first, later, None, first])
-    assert "rank 1, micro-batch 0, backward" in describe([None, backward])
-    assert "rank 1" in describe([backward, later])
+    expected = "first on rank 2, the output of a, in the forward pass of micro-batch 0"
+    assert describe([later, None, first]) == expected
+    assert describe([first, later, None, first]) == expected.replace("rank 2", "rank 0 (at the same time on 3)")
+    assert describe([None, backward]).startswith("first on rank 1, the gradient of c, in the backward pass")
+    assert describe([backward, later]).startswith("first on rank 1, the output of b")
     assert "finite on all ranks" in describe([None, None])

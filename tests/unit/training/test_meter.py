@@ -115,6 +115,21 @@ def test_a_loss_that_is_not_finite_is_read_as_it_is():
     assert math.isnan(meter.read()[0][0]["loss"])
 
 
+def test_the_routing_of_a_step_that_was_skipped_does_not_count():
+    meter = Meter(1, alone, COEFFICIENTS)
+    meter.add(objective(1.0, 1.0, [1.0, 3.0]))
+    meter.end_step({"step": 1, "top_k": 1}, {})
+    meter.add(objective(math.nan, 1.0, [4.0, 0.0]))
+    meter.end_step({"step": 2, "top_k": 1, "skipped": True}, {})
+    steps, (layer,) = meter.read()
+    assert [step.get("skipped") for step in steps] == [None, True]
+    assert (layer["load"], layer["tokens"], layer["dropped_share"]) == ([0.25, 0.75], 4.0, 0.0)
+    meter.add(objective(math.nan, 1.0, [4.0, 0.0]))
+    meter.end_step({"step": 3, "top_k": 1, "skipped": True}, {})
+    assert len(meter.read()[0]) == 1
+    assert meter.read() == ([], [])
+
+
 def test_a_dense_model_has_no_routing_records():
     assert routing_records({}, 2, pytest.fail) == []
 
