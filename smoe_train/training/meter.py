@@ -30,6 +30,7 @@ class Meter:
         self._sum = sum_over_ranks
         self._coefficients = coefficients
         self._micro: list[dict[str, Tensor]] = []
+        self._totals: list[Tensor] = []
         self._losses: list[dict[str, Tensor]] = []
         self._facts: list[dict[str, Any]] = []
         self._weights: list[Mapping[str, float]] = []
@@ -40,12 +41,13 @@ class Meter:
     def add(self, objective: Objective) -> None:
         """Takes in one micro-batch."""
         router_losses = {name: value.detach() for name, value in (objective.output.router_losses or {}).items()}
+        self._totals.append(objective.total.detach())
         self._micro.append({"loss": objective.task.detach(), **router_losses})
         add_stats(self._step_stats, objective.output.routing_stats)
 
     def step_is_finite(self) -> bool:
-        """Returns whether the losses of the step so far are finite on this rank; waits for the device."""
-        return bool(sum_of(self._micro, "loss").isfinite())
+        """Returns whether what is trained on in the step so far is finite on this rank; waits for the device."""
+        return bool(torch.stack(self._totals).isfinite().all())
 
     def end_step(self, facts: Mapping[str, Any], weights: Mapping[str, float]) -> StatSums:
         """Closes a step: its losses are the means over its micro-batches.
@@ -62,7 +64,7 @@ class Meter:
         self._losses.append({name: sum_of(self._micro, name) / count for name in self._micro[0]})
         self._facts.append(dict(facts))
         self._weights.append(weights)
-        stats, self._step_stats, self._micro = self._step_stats, {}, []
+        stats, self._step_stats, self._micro, self._totals = self._step_stats, {}, [], []
         if facts.get("skipped"):  # its routing is that of a fault, or was judged when training was taken back
             return stats
         add_stats(self._routing, stats)

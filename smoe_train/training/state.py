@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ class TrainState:
         """
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         try:
-            return TypeAdapter(cls).validate_python({"validated_step": values["step"], **known}, strict=True)
+            # As JSON: strict, a dataclass is made of nothing but itself in Python.
+            text = json.dumps({"validated_step": values["step"], **known})
+            return TypeAdapter(cls).validate_json(text, strict=True)
         except (KeyError, ValidationError) as error:
             raise CheckpointError(f"the checkpoint's state of training is none: {error}; use another one") from error

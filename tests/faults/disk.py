@@ -82,14 +82,10 @@ class Struck:
 def run(scale: Scale, folder: Path) -> list[Outcome]:
     """Saves to disks that fail for a while, for good, at every call, and that go away."""
     golden = undisturbed(_recipe(folder), folder / UNDISTURBED)
-    return [
-        _full_for_a_while(golden, folder, scale),
-        _full_for_good(golden, folder, scale),
-        _failing_calls(golden, folder, scale),
-        _gone(golden, folder, scale),
-        _read_only(golden, folder, scale),
-        unusable_places(folder),
-    ]
+    kinds = [_full_for_a_while, _full_for_good, _failing_calls]
+    if scale != "short":
+        kinds += [_gone, _read_only]
+    return [*(kind(golden, folder, scale) for kind in kinds), unusable_places(folder, few=scale == "short")]
 
 
 def _recipe(folder: Path, **checkpoint: Any) -> Recipe:
@@ -261,7 +257,7 @@ def _failing_calls(golden: Golden, folder: Path, scale: Scale) -> Outcome:
     points, errors = POINTS[scale]
     hit, number = 0, 0
     places = [(part, rank, call) for part, rank in (("write", 0), ("write", 1), ("commit", 0)) for call in CALLS]
-    for part, rank, call in places if scale != "short" else [("write", 1, "write"), ("commit", 0, "fsync")]:
+    for part, rank, call in places if scale != "short" else [("write", 1, "write")]:
         for k in range(1, points + 1):
             before = hit
             for _ in range(errors):
@@ -355,11 +351,10 @@ def _gone(golden: Golden, folder: Path, scale: Scale) -> Outcome:
     tally = Tally()
     ways = {"replaced by a file for a while": _replaced, "the half-written one removed": _half_removed}
     for number in range(ROUNDS[scale]):
-        for name, way in list(ways.items())[: 1 if scale == "short" else None]:
+        for name, way in ways.items():
             run_folder = folder / f"gone-{name}-{number}"
             tally.add(f"{name}, round {number}", _survives(golden, run_folder, way(run_folder / CHECKPOINTS)))
-        if scale != "short":
-            tally.add(f"all of them removed, round {number}", _all_removed(golden, folder / f"removed-{number}"))
+        tally.add(f"all of them removed, round {number}", _all_removed(golden, folder / f"removed-{number}"))
     return tally.outcome("the folder of checkpoints removed or turned into a file within a save", "A6, C12")
 
 

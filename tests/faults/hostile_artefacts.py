@@ -149,18 +149,25 @@ def _pickles() -> Iterator[Artefact]:
         (EXPORT / "model.safetensors.index.json", FROM_EXPORT),
         (EXPORT / "pytorch_model.bin", FROM_EXPORT),
         (Path("recipe.yaml"), (("train", "recipe.yaml"), ("validate", "recipe.yaml"))),
-        (Path("corpus.txt"), (*DATA, ("tokenizer", "train", "--input", "corpus.txt", "--type", "word", "--output", "t"))),
+        (
+            Path("corpus.txt"),
+            (*DATA, ("tokenizer", "train", "--input", "corpus.txt", "--type", "word", "--output", "t")),
+        ),
     ]
     for number, (path, commands) in enumerate(places):
         kind = kinds[number % len(kinds)]
         yield Artefact(f"pickle ({kind}) as {path}", "E1", write(path, kind), commands)
-    for number, pattern in enumerate(("stores/*/store.json", "stores/*/train.bin", "stores/*/tokenizer/*.json", "known/*")):
+    for number, pattern in enumerate(
+        ("stores/*/store.json", "stores/*/train.bin", "stores/*/tokenizer/*.json", "known/*")
+    ):
 
         def plant(pattern: str = pattern, kind: str = kinds[number]) -> None:
             for path in Path("cache").glob(pattern):
                 path.write_bytes(payloads()[kind])
 
-        yield Artefact(f"pickle in the cache as {pattern}", "E2", plant, (*CACHED, ("train", "recipe.yaml", "name=new")))
+        yield Artefact(
+            f"pickle in the cache as {pattern}", "E2", plant, (*CACHED, ("train", "recipe.yaml", "name=new"))
+        )
     for name in ("rows.jsonl", "rows.csv", "rows.parquet", "a.zip", "a.tar.gz"):
         source = {"source": "imdb", "allow_piece": True} if name.startswith("a.") else {"source": "records"}
 
@@ -260,7 +267,12 @@ def _checkpoints() -> Iterator[Artefact]:
     )  # fmt: skip
     remote = {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.T", None]}}
     yield Artefact("code beside an export (auto_map)", "E10", lambda: _with_code(EXPORT, remote), FROM_EXPORT)
-    for name, value in {"num_layers": 10**9, "router": {"type": ESCAPE}, "moe_layers": [10**12], "d_model": 10**15}.items():
+    for name, value in {
+        "num_layers": 10**9,
+        "router": {"type": ESCAPE},
+        "moe_layers": [10**12],
+        "d_model": 10**15,
+    }.items():
         yield Artefact(
             f"config.json of an export with {name} = {str(value)[:20]!r}", "E7",
             lambda name=name, value=value: _change_json(EXPORT / "config.json", {name: value}), FROM_EXPORT, True,  # type: ignore[misc]
@@ -277,7 +289,9 @@ def _deep(levels: int) -> Any:
 def _with_code(folder: Path, config: dict[str, Any]) -> None:
     canary = Path.cwd().parent / CANARY
     for name in ("evil.py", "sitecustomize.py", "conftest.py", "tokenization_evil.py"):
-        (folder / name).write_text(f"open({str(canary)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass T: pass\n")
+        (folder / name).write_text(
+            f"open({str(canary)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass T: pass\n"
+        )
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             _change_json(folder / name, config)
@@ -317,7 +331,8 @@ def _paths() -> Iterator[Artefact]:
         yield Artefact(f"{name} that is a link to {target}", "E4", _link(RUN / name, target), READERS)
     written = {
         "metrics.jsonl": "keep.txt", "routing.jsonl": "keep.txt", "environment.json": "keep.txt", ".lock": "keep.txt",
-        "logs": "folder", "report": "folder", "checkpoints": "folder", "tokenizer": "folder", "logs/rank-0.log": "keep.txt",
+        "logs": "folder", "report": "folder", "checkpoints": "folder", "tokenizer": "folder",
+        "logs/rank-0.log": "keep.txt",
     }  # fmt: skip
     for name, target in written.items():
         outside = os.path.relpath("../outside", RUN / Path(name).parent)
@@ -390,7 +405,9 @@ def _archives() -> Iterator[Artefact]:
             Path("a.tar.gz").write_bytes(data)
             _recipe(data={"source": "imdb", "path": "a.tar.gz", "allow_piece": True})
 
-        yield Artefact(f"tar with {what}", "E7" if "MB" in what or "EB" in what else "E6", plant, DATA, "setuid" not in what)
+        yield Artefact(
+            f"tar with {what}", "E7" if "MB" in what or "EB" in what else "E6", plant, DATA, "setuid" not in what
+        )
     rows = b"text,label\na,0\n" * 10
     link = zipfile.ZipInfo("train.csv")
     link.external_attr = 0o120777 << 16
@@ -444,13 +461,17 @@ def _bombs() -> Iterator[Artefact]:
     everywhere: tuple[Command, ...] = (
         ("train", "recipe.yaml"), ("validate", "recipe.yaml"), ("recipes", "copy", "recipe.yaml", "copy.yaml"),
     )  # fmt: skip
-    yield Artefact("YAML bomb as a recipe", "E8", lambda: _write(Path("recipe.yaml"), yaml_bomb.encode()), everywhere, True)
+    yield Artefact(
+        "YAML bomb as a recipe", "E8", lambda: _write(Path("recipe.yaml"), yaml_bomb.encode()), everywhere, True
+    )
     yield Artefact(
         "YAML bomb as the recipe of a run", "E8", lambda: _write(RUN / "recipe.yaml", yaml_bomb.encode()),
         (*READERS[3:6], READERS[8], ("report", "runs/tiny")), True,
     )  # fmt: skip
     doubled = "version: 1\ndescription: ${a0}\n" + "".join(f"a{i}: ${{a{i + 1}}}${{a{i + 1}}}\n" for i in range(40))
-    yield Artefact("text that doubles 40 times", "E8", lambda: _write(Path("recipe.yaml"), doubled.encode()), everywhere, True)
+    yield Artefact(
+        "text that doubles 40 times", "E8", lambda: _write(Path("recipe.yaml"), doubled.encode()), everywhere, True
+    )
     for key, value in {"num_layers": 10**9, "d_model": 10**12, "num_heads": 10**15}.items():
         yield Artefact(
             f"recipe with model.{key} = {value:.0e}", "E7", lambda key=key, value=value: _recipe(model={key: value}),  # type: ignore[misc]
@@ -492,7 +513,10 @@ def _tokenizers() -> Iterator[Artefact]:
     yield Artefact("saved tokenizer of 10^15 ids", "E7", saved(vocab_size=10**15), show, True)
     yield Artefact("saved tokenizer of a type with escapes", "E9", saved(type=ESCAPE), show, True)
     yield Artefact(
-        "saved tokenizer whose options lead out", "E4", saved(config={"type": "word", "path": "../../outside/keep.txt"}), show
+        "saved tokenizer whose options lead out",
+        "E4",
+        saved(config={"type": "word", "path": "../../outside/keep.txt"}),
+        show,
     )
     yield Artefact("saved tokenizer that is a link to a device", "E4", _saved_link(), show, True)
 
@@ -524,7 +548,9 @@ def _tokenizers() -> Iterator[Artefact]:
             },
         },
         "with ids of 10^12": {"tokenizer.json": {**tokenizer, "model": {**model, "vocab": {"a": 10**12, "[UNK]": 1}}}},
-        "with ids of 4 billion": {"tokenizer.json": {**tokenizer, "model": {**model, "vocab": {"a": 2**32 - 2, "[UNK]": 1}}}},
+        "with ids of 4 billion": {
+            "tokenizer.json": {**tokenizer, "model": {**model, "vocab": {"a": 2**32 - 2, "[UNK]": 1}}},
+        },
         "with a pattern that takes forever": {"tokenizer.json": {**tokenizer, "pre_tokenizer": regex}},
         "nested 100,000 deep": {"tokenizer.json": b'{"a":' * 100_000 + b"1" + b"}" * 100_000},
         "that names a file": {"tokenizer.json": tokenizer, "tokenizer_config.json": {"vocab_file": "/etc/passwd"}},
@@ -557,7 +583,11 @@ def _saved_link() -> Callable[[], None]:
 
 
 def _recipes() -> Iterator[Artefact]:
-    train: tuple[Command, ...] = (("train", "recipe.yaml"), ("validate", "recipe.yaml"), ("data", "prepare", "recipe.yaml"))
+    train: tuple[Command, ...] = (
+        ("train", "recipe.yaml"),
+        ("validate", "recipe.yaml"),
+        ("data", "prepare", "recipe.yaml"),
+    )
     canary = Path.cwd().parent / CANARY
     tags = {
         "!!python/object/apply": f"!!python/object/apply:os.system ['touch {canary}']",
@@ -569,7 +599,20 @@ def _recipes() -> Iterator[Artefact]:
     for what, value in tags.items():
         text = f"version: 1\ndescription: {value}\n".encode()
         yield Artefact(f"recipe with {what}", "E8", lambda text=text: _write(Path("recipe.yaml"), text), train, True)  # type: ignore[misc]
-    names = ("../../outside/x", "/tmp/x", "-rf", "a/../../x", "a\0b", ESCAPE, "", ".", "..", "x" * 300, "con\n", "~root")
+    names = (
+        "../../outside/x",
+        "/tmp/x",
+        "-rf",
+        "a/../../x",
+        "a\0b",
+        ESCAPE,
+        "",
+        ".",
+        "..",
+        "x" * 300,
+        "con\n",
+        "~root",
+    )
     for name in names:
         yield Artefact(f"run name {name[:20]!r}", "E5", lambda name=name: _recipe(name=name), train[:1], True)  # type: ignore[misc]
     yield Artefact(
@@ -597,9 +640,7 @@ def _names() -> Iterator[Artefact]:
     for name in (f"{ESCAPE}", "a\nerror: all is well", "\u202egpj.exe", "%s%n{0}", "[red]rich[/red]"):
         yield Artefact(f"folder named {name!r}", "E9", folder(name), DATA)
     columns = f"{ESCAPE},label\n".encode() + b"a,0\n" * 20
-    yield Artefact(
-        "column named by an escape sequence", "E9", lambda: _data_file("rows.csv", columns), DATA, True
-    )
+    yield Artefact("column named by an escape sequence", "E9", lambda: _data_file("rows.csv", columns), DATA, True)
     labels = f"text,label\na,{ESCAPE}\n".encode()
 
     def labelled() -> None:
@@ -627,7 +668,11 @@ def _records() -> Iterator[Artefact]:
     for what, data in lines.items():
         yield Artefact(f"run with {what}", "E9", lambda data=data: _write(RUN / "metrics.jsonl", data), report)  # type: ignore[misc]
     summary: tuple[Command, ...] = (("glue", "summary", "runs/tiny"), ("glue", "submission", "runs/tiny"))
-    for what, content in {"a list": [1], "a task of a path": {"task": "../x", "run": ESCAPE}, "depth": _deep(300)}.items():
+    for what, content in {
+        "a list": [1],
+        "a task of a path": {"task": "../x", "run": ESCAPE},
+        "depth": _deep(300),
+    }.items():
         yield Artefact(
             f"results that are {what}", "E9",
             lambda content=content: _write(RUN / "results.json", json.dumps(content).encode()), summary, True,  # type: ignore[misc]

@@ -26,6 +26,8 @@ from faults.runs import (
 )
 from faults.scenario import Outcome, Scale
 
+from smoe_train.errors import SmoeError
+
 KILLS = {"short": 6, "commit": 40, "nightly": 2000}
 SHARE_AIMED_AT_SAVES = 0.5
 # What is left of a launch whose rank was killed must end by itself; a launcher would not wait as long.
@@ -93,7 +95,11 @@ def _storm(golden: Golden, folder: Path, kind: str, kills: int, seed: int, tally
     while tally.tried < end:
         run_folder = folder / f"{kind.split()[0]}-{tally.runs}"
         before = tally.tried
-        problems = _killed_run(golden, run_folder, kind, end, random_source, tally)
+        try:
+            problems = _killed_run(golden, run_folder, kind, end, random_source, tally)
+        except SmoeError as error:
+            problems = [f"{type(error).__name__}: {error}"]
+            tally.tried += tally.tried == before  # so that a run that cannot even begin is a failure, too
         if problems:
             where = f"{folder.name}, {kind}, seed {seed}, kills {before + 1} to {tally.tried} of this line"
             tally.failures.append(f"{where}: {'; '.join(problems)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,17 @@ import torch
 from faults.lives import Life, begin_run, train_rank
 from faults.runs import LIFE_SECONDS, TIMES, WORLD_SIZE, newest_step
 from faults.scenario import Outcome, Scale
+from faults.spoilt import (
+    PLACES,
+    POISONED_RANK,
+    Fault,
+    change_assignments,
+    change_objective,
+    during,
+    poison,
+    times,
+)
 from support.tiny import tiny_recipe, write_text
-from torch import Tensor
 
 from smoe_train.checkpoint import Checkpoint
 from smoe_train.checkpoint.folders import CHECKPOINTS, complete_checkpoints
@@ -25,21 +34,10 @@ from smoe_train.recipe import Recipe
 from smoe_train.reporting import METRICS, read_records
 from smoe_train.training.trainer import Trainer
 
-POISONED_RANK = 1
 MAX_STEPS = 8
 RANDOM_TRIES = {"short": 0, "commit": 0, "nightly": 200}
 CLEAN = "undisturbed"
 
-Fault = Callable[[Trainer], None]
-
-# Where a number is spoilt on rank 1, and how the run must name it.
-PLACES = {
-    "the embedding's output": "the output of model.embed_tokens (",
-    "a router's logits": "the logits of model.layers.0.moe.router (",
-    "an expert's output": "the output of model.layers.1.moe.bank.experts (experts ",
-    "the loss": "the loss, though the output of every module is finite",
-    "a gradient": "the gradient of the parameter model.layers.1.attention.qkv.weight (",
-}
 PLAIN_DEEPSPEED = (
     "fp32 with ZeRO 0: the weights are NaN from then on, the run ends with exit code 0 and `latest` names a checkpoint "
     "full of NaN; no module and no rank is named (tried by hand with 0.19.8)"
@@ -253,7 +251,7 @@ def _not_finite(bench: Bench, action: str, tries: Sequence[Try]) -> Tally:
 def _one_not_finite(bench: Bench, action: str, one: Try) -> list[str]:
     parallel = {"parallel": {"zero_stage": one.zero_stage}}
     recipe = bench.recipe(**parallel, health={"non_finite": {"action": action}})
-    fault = _poison(one.place, one.value, {one.step})
+    fault = poison(one.place, one.value, {one.step})
     said = (
         f"step {one.step}: the loss or the gradient is not finite: first on rank {POISONED_RANK}, {PLACES[one.place]}"
     )
@@ -280,69 +278,6 @@ def _one_not_finite(bench: Bench, action: str, one: Try) -> list[str]:
     return ended.problems(0, said, "going back to a checkpoint") + bench.differences(ended, skipped)
 
 
-def _poison(place: str, value: float, steps: set[int]) -> Fault:
-    """Spoils a number on one rank whenever one of these steps is computed."""
-
-    def install(trainer: Trainer) -> None:
-        if trainer.process.rank != POISONED_RANK:
-            return
-        model, now = trainer.model, _during(trainer, steps)
-
-        def spoil(values: Tensor) -> Tensor:
-            return torch.cat([values[:1] * value, values[1:]]) if now() else values
-
-        if place == "the loss":
-            _change_objective(
-                trainer, lambda found: replace(found, total=found.total + value, task=found.task + value), now
-            )
-        elif place == "a gradient":
-            model.get_submodule("model.layers.1.attention.qkv").weight.register_hook(spoil)
-        elif place == "a router's logits":
-            _change_assignments(model.routers()[0], lambda found: _spoilt(found, spoil), now)
-        else:
-            path = "model.embed_tokens" if place.startswith("the embedding") else "model.layers.1.moe.bank.experts"
-            model.get_submodule(path).register_forward_hook(lambda module, inputs, output: spoil(output))
-
-    return install
-
-
-def _during(trainer: Trainer, steps: Container[int]) -> Callable[[], bool]:
-    """Returns what says whether one of these steps is being computed, for the first time or again."""
-    computed = [0]
-
-    def look(module: Any, inputs: Any, options: dict[str, Any]) -> None:
-        computed[0] = options["knobs"].step + 1 if module.training else 0
-
-    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
-    return lambda: computed[0] in steps
-
-
-def _times(factor: float, found: Any) -> Any:
-    return replace(found, total=factor * found.total, task=factor * found.task)
-
-
-def _spoilt(found: Any, spoil: Callable[[Tensor], Tensor]) -> Any:
-    return replace(found, logits_TE=spoil(found.logits_TE), weights_TK=spoil(found.weights_TK))
-
-
-def _change_objective(trainer: Trainer, change: Callable[[Any], Any], now: Callable[[], bool]) -> None:
-    objective = trainer.task.objective
-
-    def changed(*arguments: Any) -> Any:
-        return change(objective(*arguments)) if now() else objective(*arguments)
-
-    trainer.task.objective = changed  # type: ignore[method-assign]
-
-
-def _change_assignments(router: Any, change: Callable[[Any], Any], now: Callable[[], bool]) -> None:
-    class Changed(type(router)):  # type: ignore[misc]
-        def assign(self, *arguments: Any) -> Any:
-            found = super().assign(*arguments)
-            return change(found) if now() else found
-
-    router.__class__ = Changed
-
-
 def _persisting(bench: Bench) -> Tally:
     """A fault in every step from one on: as many as the recipe allows, then the end; and it must not begin anew."""
     tally = Tally("NaN in every step from one on: the run ends after 3 in a row and is resumable")
@@ -350,7 +285,7 @@ def _persisting(bench: Bench) -> Tally:
     clean = bench.kept(f"{CLEAN}, ZeRO 1", bench.recipe(), None)
     for action in ("skip", "rollback"):
         recipe = bench.recipe(health={"non_finite": {"action": action}})
-        ended = bench.train(recipe, _poison("the loss", math.nan, {*range(5, 99)}))
+        ended = bench.train(recipe, poison("the loss", math.nan, {*range(5, 99)}))
         found = ended.problems(1, "step 7: the loss or the gradient is not finite, for the 3rd time in a row")
         resumed = bench.train(recipe, None, ended.folder)
         found += resumed.problems(0)
@@ -370,7 +305,7 @@ def _damaged_weights(bench: Bench, scale: Scale) -> Tally:
     def damage(trainer: Trainer) -> None:
         if trainer.process.rank != POISONED_RANK:
             return
-        done, now = [False], _during(trainer, {when})
+        done, now = [False], during(trainer, {when})
 
         def flip(module: Any, inputs: Any) -> None:
             if now() and not done[0]:
@@ -386,7 +321,7 @@ def _damaged_weights(bench: Bench, scale: Scale) -> Tally:
         back = bench.recipe(**parallel, health={"non_finite": {"action": "rollback"}})
         ended = bench.train(back, damage)
         skipped = bench.kept(
-            f"step {when} left out, ZeRO {zero_stage}", bench.recipe(**parallel), _poison("the loss", math.nan, {when})
+            f"step {when} left out, ZeRO {zero_stage}", bench.recipe(**parallel), poison("the loss", math.nan, {when})
         )
         # The loss of the step that is left out is finite now.
         found = ended.problems(0, said) + bench.differences(ended, skipped, apart_from=when)
@@ -407,7 +342,7 @@ def _spikes(bench: Bench) -> Tally:
     steps = {6, 7}
 
     def spike(trainer: Trainer) -> None:
-        _change_objective(trainer, lambda found: _times(5.0, found), _during(trainer, steps))
+        change_objective(trainer, lambda found: times(5.0, found), during(trainer, steps))
 
     for action in ("warn", "stop", "rollback"):
         options = {"action": action, "window_steps": 8, "in_a_row": 2}
@@ -415,7 +350,7 @@ def _spikes(bench: Bench) -> Tally:
         ended = bench.train(recipe, spike)
         found = ended.problems(3 if action == "stop" else 0, "step 7: the loss", "robust standard deviations above")
         if action == "rollback":
-            left_out = bench.kept("steps 6 and 7 left out", bench.recipe(), _poison("the loss", math.nan, steps))
+            left_out = bench.kept("steps 6 and 7 left out", bench.recipe(), poison("the loss", math.nan, steps))
             if ended.state(MAX_STEPS) != left_out.state(MAX_STEPS):
                 found.append("ends with other weights than a run without these steps")
         if action != "stop" and ended.output.count("robust standard") != 1:
@@ -438,7 +373,7 @@ def _collapses(bench: Bench) -> Tally:
                 experts = torch.arange(found.expert_ids_TK.shape[1]).expand_as(found.expert_ids_TK)
                 return replace(found, expert_ids_TK=experts.contiguous())
 
-            _change_assignments(trainer.model.routers()[1], same, _during(trainer, range(first, last + 1)))
+            change_assignments(trainer.model.routers()[1], same, during(trainer, range(first, last + 1)))
 
         return install
 

@@ -174,8 +174,8 @@ def _shipped(name: str) -> Layered:
 ODD_TEXTS = [
     "", " ", "\t", "\0", "\x1b[31mred\x1b[0m", "a\nerror: b", "\r", "\u202egnp.exe", "\ud800", "\U0010ffff", "\ufeff",
     "~", "null", "${seed}", "${oc.env:HOME}", "${", "\\${seed}", "???", "1e5", "1_000", "0x10", "190:20:30", ".inf",
-    "-.nan", "no", "on", "2001-12-14", "../../x", "/etc/passwd", "-rf", "~root", "a" * 300, "*a", "..", ".", "a/b", "CON",
-    "!!python/object/apply:os.system [id]", "%s%n", "{0.__class__}", "'; rm -rf x", "$(id)", "`id`", "C:\\x",
+    "-.nan", "no", "on", "2001-12-14", "../../x", "/etc/passwd", "-rf", "~root", "a" * 300, "*a", "..", ".", "a/b",
+    "CON", "!!python/object/apply:os.system [id]", "%s%n", "{0.__class__}", "'; rm -rf x", "$(id)", "`id`", "C:\\x",
 ]  # fmt: skip
 texts = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12))
 numbers = st.one_of(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -34,6 +34,7 @@ from smoe_train.errors import RunStoppedError
 from smoe_train.parallel.topology import Topology
 from smoe_train.recipe import RECIPE, TOKENIZER, Recipe
 
+EXPERTS = 4
 SAVED_AT = 4
 STEPS = 20  # after that
 LOSS_TOLERANCE = 1e-6  # relative
@@ -98,18 +99,14 @@ def run(scale: Scale, folder: Path) -> list[Outcome]:
     outcomes.append(_chain(plain, folder / "chain"))
     outcomes.append(_commands(folder / "plain", folder / "resharded"))
     there = [Layout(1, 1), Layout(4, 2, 2)] if scale == "commit" else layouts
-    for name, sections in _histories(folder).items():
-        recipes = _recipes(text, sections)
-        outcomes.append(
-            _pairs(f"processes, with {name}", recipes, [Layout(2, 2)], there, folder / name.replace(" ", "-"))
-        )
-    return outcomes
+    recipes = {name: _recipes(text, sections) for name, sections in _histories(folder).items()}
+    return outcomes + _with_histories(recipes, Layout(2, 2), there, folder / "histories")
 
 
 def _recipes(text: Path, sections: Sections) -> MakeRecipe:
     def make(layout: Layout) -> Recipe:
         values: Sections = {
-            "model": {"moe": {"router": {"type": "top_k"}, "load_balance_coefficient": 0.01}},
+            "model": {"moe": {"num_experts": EXPERTS, "router": {"type": "top_k"}, "load_balance_coefficient": 0.01}},
             "training": {"max_steps": SAVED_AT + STEPS, "self_test": False},
             "learning_rate": {"peak": 0.003},
             "evaluation": {"every_steps": 1000, "max_tokens": 100},
@@ -126,7 +123,7 @@ def _histories(folder: Path) -> dict[str, Sections]:
     """Returns recipes whose routers, or whose order of samples, depend on all steps so far."""
 
     def router(**options: Any) -> Sections:
-        return {"model": {"moe": {"num_experts": 4, "router": options}}}
+        return {"model": {"moe": {"router": options}}}
 
     similar = {"similarity_coefficient": 0.1, "frequency": 40, "frequency_unit": "tokens", "threshold": 0.0}
     easy_first = classification(write_examples(folder / "examples"), length_window=1)
@@ -155,9 +152,36 @@ def _pairs(
         jobs = [(recipes(target), saved[source]) for target in alike for source in sources]
         courses = _launch(world, jobs, folder / f"to-{world}-{experts}")
         moved |= zip(((source, target) for target in alike for source in sources), courses, strict=True)
+    return _outcome(what, {pair: (course, straight[pair[0]]) for pair, course in moved.items()})
+
+
+def _with_histories(
+    recipes: dict[str, MakeRecipe], source: Layout, targets: Sequence[Layout], folder: Path
+) -> list[Outcome]:
+    """Moves runs of several recipes from one source to each target, all recipes of a place in one launch."""
+    straight = _launch(source.world, [(make(source), None) for make in recipes.values()], folder / "from")
+    saved = [folder / "from" / str(number) / CHECKPOINTS / step_name(SAVED_AT) for number in range(len(recipes))]
+    moved = {
+        target: _launch(
+            target.world,
+            [(make(target), path) for make, path in zip(recipes.values(), saved, strict=True)],
+            folder / _name(target),
+        )
+        for target in targets
+    }
+    return [
+        _outcome(
+            f"processes, with {name}",
+            {(source, target): (courses[number], straight[number]) for target, courses in moved.items()},
+        )
+        for number, name in enumerate(recipes)
+    ]
+
+
+def _outcome(what: str, moved: Mapping[tuple[Layout, Layout], tuple[Course, Course]]) -> Outcome:
     failures, largest = [], 0.0
-    for (source, target), course in moved.items():
-        problems, difference = _compare(course, straight[source])
+    for (source, target), (course, straight) in moved.items():
+        problems, difference = _compare(course, straight)
         largest = max(largest, difference)
         failures += [f"{source} -> {target}: {'; '.join(problems)}"] if problems else []
     return Outcome(
@@ -233,7 +257,7 @@ def _commands(saved: Path, folder: Path) -> Outcome:
         names = {name for name in before.tensors if not name.startswith("random/")}
         if any(after.tensor_sha256.get(name) != before.tensor_sha256[name] for name in names):
             failures.append(f"{source} to {world}, {experts}: other bits")
-        topology = Topology.create(world, experts, 8)
+        topology = Topology.create(world, experts, EXPERTS)
         mine, theirs = (files_of([n for n in one.tensors if n in names], topology).keys() for one in (after, there))
         held = {name: file for name, file in after.tensors.items() if name in names}
         if mine != theirs or held != {name: file for name, file in there.tensors.items() if name in names}:

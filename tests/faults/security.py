@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import stat
@@ -20,14 +21,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from faults.hostile_artefacts import CANARY, RUN, Artefact, Command, corpus
+import numpy as np
+import torch
+from faults.hostile_artefacts import CANARY, RUN, Artefact, Command, corpus, payloads
 from faults.judged_command import Ended, smoe_train
 from faults.scenario import Outcome, Scale
-from matplotlib import font_manager as _fonts  # noqa: F401 - writes a cache of its own when it is first imported
+from matplotlib import font_manager as _fonts
 from support.tiny import tiny_recipe, write_text
 
 # What the commands import when they run is imported here once, before processes are forked.
-from smoe_train.cli import evaluate_tasks, export, generate, worker  # noqa: F401
+from smoe_train.cli import evaluate_tasks, export, generate, worker
 
 SHORT_EVERY = 12  # at the short scale, each so many artefacts
 # The commands that each artefact meets; where it has more, the next artefact meets others.
@@ -35,12 +38,12 @@ COMMANDS: Mapping[Scale, int] = {"short": 2, "commit": 3, "nightly": 100}
 SECONDS = 20.0
 CHILD_SECONDS = 240.0
 MORE_MEMORY_BYTES = 768 << 20
-SECRET = "secret-4f2a9c"  # noqa: S105
+SECRET = "secret-4f2a9c"
 SECRETS = ("SECRET_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
 
 # What no command does with files, whoever wrote them; `open` and what changes files is judged by path.
 FORBIDDEN = frozenset({
-    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.putenv.evil", "subprocess.Popen", "pty.spawn",
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "subprocess.Popen", "pty.spawn",
     "pickle.find_class", "socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo",
     "socket.gethostbyname", "urllib.Request", "ftplib.connect", "smtplib.connect", "webbrowser.open", "code.__new__",
 })  # fmt: skip
@@ -56,13 +59,14 @@ HARMLESS_PROGRAMS = frozenset({"git", "uname"})
 
 
 def run(scale: Scale, folder: Path) -> list[Outcome]:
-    """Plants each artefact into a copy of a sound run and gives that to the commands that read it, in a forked process."""
+    """Plants each artefact into a copy of a sound run, and gives that to commands that read it, in a forked process."""
     place, base = folder / "place", folder / "base"
     before = os.getcwd()
     with _environment(place):
         try:
             _make_base(place, base)
             os.chdir(place / "work")
+            _require_sharp_eyes(place)
             artefacts = [_with_some(one, number, COMMANDS[scale]) for number, one in enumerate(corpus())]
             if scale == "short":
                 artefacts = artefacts[::SHORT_EVERY]
@@ -261,7 +265,12 @@ def _writes(mode: Any, flags: Any) -> bool:
 
 def _at(path: Any, folder: Any) -> Any:
     """Returns the whole path of one that is relative to an open folder, as `shutil.rmtree` names them."""
-    if isinstance(path, str | bytes) and isinstance(folder, int) and folder > 2 and not os.path.isabs(os.fsdecode(path)):
+    if (
+        isinstance(path, str | bytes)
+        and isinstance(folder, int)
+        and folder > 2
+        and not os.path.isabs(os.fsdecode(path))
+    ):
         with contextlib.suppress(OSError):
             return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))
     return path
@@ -270,6 +279,33 @@ def _at(path: Any, folder: Any) -> Any:
 def _where() -> str:
     frames = [frame for frame in traceback.extract_stack() if "/smoe_train/" in frame.filename]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+
+
+def _require_sharp_eyes(place: Path) -> None:
+    """Makes sure that each payload would work, and that the hook sees it: else all that follows proves nothing."""
+
+    def execute() -> None:
+        events: list[str] = []
+        sys.addaudithook(_Audit([], str(place / "work"), events))
+        for kind, data in payloads().items():
+            events.clear()
+            with contextlib.suppress(Exception):
+                if "numpy" in kind:
+                    np.load(io.BytesIO(data), allow_pickle=True)
+                elif "torch.save" in kind:
+                    torch.load(io.BytesIO(data), weights_only=False)
+                else:
+                    pickle.loads(data)
+            assert events, f"{kind} went unseen"
+        events.clear()
+        (place / "outside" / "by-a-test").write_text("x")
+        assert events, "a file outside went unseen"
+
+    code = _forked(execute, CHILD_SECONDS)
+    assert code == 0, f"the audit hook is blind: {code}"
+    for path in (place / CANARY, place / "outside" / "by-a-test"):
+        assert path.exists(), f"{path.name}: no payload has worked"
+        path.unlink()
 
 
 def _limit_memory() -> None:
@@ -304,7 +340,10 @@ def _forked(work: Any, seconds: float) -> int | None:
 
 def _contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
-        str(path.relative_to(folder)): (stat.S_IMODE(path.lstat().st_mode), path.read_bytes() if path.is_file() else b"")
+        str(path.relative_to(folder)): (
+            stat.S_IMODE(path.lstat().st_mode),
+            path.read_bytes() if path.is_file() else b"",
+        )
         for path in sorted(folder.rglob("*"))
     }
 

@@ -174,7 +174,7 @@ def _wandb() -> list[Fault]:
         fault("its folder is a file", _wandb_folder_is_a_file, mode="offline", warnings=0, impossible=missing),
         fault("its process is killed", _wandb_core_killed, mode="offline", impossible=missing),
         fault("cannot be imported", lambda run_folder: sys.modules.update(wandb=None)),  # type: ignore[arg-type]
-        fault("its start sleeps", _stub(init=lambda: time.sleep(60)), mode="offline", short=True),
+        fault("its start sleeps", _stub(init=lambda: time.sleep(60)), mode="offline"),
         fault("its start exits", _stub(init=lambda: sys.exit("no tty")), mode="offline"),
         fault("its log raises", _stub(log=_raise_quota), mode="offline", short=True),
         fault("its log sleeps", _stub(log=lambda: time.sleep(60)), mode="offline"),
@@ -290,7 +290,7 @@ def _tensorboard() -> list[Fault]:
     sections = {"reporting": {"tensorboard": True}}
     module = "torch.utils.tensorboard"
     return [
-        Fault("a file in the place of its folder", _file_at("tensorboard"), sections, short=True, impossible=missing),
+        Fault("a file in the place of its folder", _file_at("tensorboard"), sections, impossible=missing),
         Fault("cannot be imported", lambda _: sys.modules.update({module: None}), sections, impossible=missing),  # type: ignore[dict-item]
         Fault("its folder is removed", _tensorboard_removed, sections, impossible=missing),
         Fault("no room for its files", _tensorboard_without_room, sections, impossible=missing or no_mount),
@@ -383,7 +383,7 @@ def _console_paused(run_folder: Path) -> Events:
 def _logs() -> list[Fault]:
     return [
         Fault("the folder of logs is removed", _logs_removed, warnings=0),
-        Fault("a log without room", _log_without_room, short=True),
+        Fault("a log without room", _log_without_room),
         Fault("the folder of the report is a file", _file_at("report"), draws_report=True),
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import multiprocessing
 import pickle
 import time
@@ -54,11 +53,6 @@ class ModuleResult:
     def passed(self) -> bool:
         """Whether the module returned and every outcome is as promised."""
         return not self.error and bool(self.outcomes) and all(outcome.passed for outcome in self.outcomes)
-
-
-def is_written(module: str) -> bool:
-    """Returns whether a module exists."""
-    return importlib.util.find_spec(f"faults.{module}") is not None
 
 
 def load(module: str) -> Callable[[Scale, Path], list[Outcome]]:

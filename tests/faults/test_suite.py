@@ -11,8 +11,6 @@ from faults import suite
 
 @pytest.mark.parametrize("module", suite.MODULES)
 def test_faults(module: str, tmp_path: Path) -> None:
-    if not suite.is_written(module):
-        pytest.skip(f"faults.{module} is not written yet")
     result = suite.run_module(module, "short", tmp_path)
     assert not result.error, result.error
     for outcome in result.outcomes:

@@ -63,6 +63,12 @@ def refusal(tmp_path, text):
     return problem
 
 
+def refusal_of_many(tmp_path, text):
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, text)
+    return caught.value.problems[0]
+
+
 def test_every_mistake_is_reported_with_file_line_and_key(tmp_path):
     layered = read(
         tmp_path,
@@ -210,6 +216,28 @@ def test_an_alias_bomb_is_refused_quickly(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 9)]
     assert "YAML" in refusal(tmp_path, "\n".join(lines)).message
+
+
+def test_a_text_that_doubles_with_every_line_and_the_environment_are_refused(tmp_path):
+    lines = [f"a{level}: ${{a{level + 1}}}${{a{level + 1}}}" for level in range(40)]
+    problem = refusal_of_many(tmp_path, "\n".join(lines))
+    assert (problem.where, problem.key) == (f"{tmp_path / 'r.yaml'}:1", "a0")
+    assert r"\${ for these characters" in problem.message
+    with pytest.raises(RecipeError, match="no replacements"):
+        apply_overrides(Layered({}), ["name=${oc.env:HOME}"])
+
+
+def test_escaped_signs_of_replacement_stand_for_themselves(tmp_path):
+    assert read(tmp_path, r"name: a \${x} $ {y}").values == {"name": "a ${x} $ {y}"}
+
+
+def test_more_than_a_recipe_can_hold_is_refused(tmp_path):
+    assert "has more than" in refusal(tmp_path, "#" * (1 << 20)).message
+
+
+@pytest.mark.parametrize("text", ["a: !!timestamp x", "a: !!int ''", "a: !!bool x", "? !!float y\n: 1"])
+def test_a_value_that_does_not_fit_its_tag_is_refused(tmp_path, text):
+    assert "YAML" in refusal(tmp_path, text).message
 
 
 def test_a_byte_order_mark_and_an_empty_file_are_no_mistakes(tmp_path):

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import smoe_train.errors
-from smoe_train.errors import Problem, RecipeError, RunFailedError, RunStoppedError, SmoeError
+from smoe_train.errors import DataError, Problem, RecipeError, RunFailedError, RunStoppedError, SmoeError, printable
 from smoe_train.registry import UnknownNameError
 
 EXIT_CODES = {
@@ -42,3 +42,10 @@ def test_a_recipe_error_lists_every_problem_with_its_place():
     )
     assert str(RecipeError(problems[:1])).startswith("1 problem in the recipe:\n")
     assert RecipeError(problems).problems == tuple(problems)
+
+
+def test_what_a_terminal_would_obey_is_shown_as_an_escape():
+    assert printable("a\x1b[2J\u202eb\n") == "a\\x1b[2J\\u202eb\\n"
+    assert str(DataError("\x1b: line 1\nline 2")) == "\\x1b: line 1\nline 2", "messages have lines of their own"
+    problem = Problem("r.yaml:1", "a\nerror: all is well", "unknown key")
+    assert "\n" not in str(problem), "a key cannot look like another line"

@@ -101,3 +101,21 @@ def test_a_damaged_checkpoint_is_refused(run):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"damaged checkpoint: shared\.safetensors has"):
         open_run(run, "latest")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs", "checkpoints", "logs/rank-0.log"])
+def test_a_run_folder_out_of_which_a_link_leads_is_not_written_to(name, tmp_path):
+    run_folder, outside = tmp_path / "run", tmp_path / "outside"
+    (run_folder / name).parent.mkdir(parents=True)
+    outside.mkdir()
+    (run_folder / name).symlink_to(outside)
+    with pytest.raises(LaunchError, match="is a link out of the run folder"), held(run_folder):
+        pass
+    assert not any(outside.iterdir())
+
+
+def test_a_run_folder_may_itself_be_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to("elsewhere")
+    with held(tmp_path / "run"):
+        pass

@@ -117,6 +117,22 @@ def test_a_torn_last_line_is_tolerated_and_earlier_damage_is_not(tmp_path):
         write_report(run)
 
 
+@pytest.mark.parametrize("record", [{"split": ["train"]}, {"step": "1"}, {"loss": 10**400}, {"tokens": None}])
+def test_records_that_no_run_writes_are_refused(tmp_path, record):
+    run_folder = make_run(tmp_path / "run", [train(1), {**train(2), **record}])
+    with pytest.raises(RunFailedError, match=rf"record 2: '{next(iter(record))}' is not what a run writes"):
+        write_report(run_folder)
+
+
+def test_a_report_that_would_lie_elsewhere_is_not_written(tmp_path):
+    run_folder = make_run(tmp_path / "run", [train(1)])
+    (tmp_path / "elsewhere").mkdir()
+    (run_folder / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SmoeError, match="leads out of the run folder"):
+        write_report(run_folder)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(SmoeError, match=r"is not the folder of a run.*recipe\.yaml"):
         write_report(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from smoe_train.training import EvaluationConfig, OptimizerConfig, TrainingConfig
+from smoe_train.errors import CheckpointError
 from smoe_train.training.state import TrainState
 from smoe_train.training.stop import StopRequest
 
@@ -58,3 +59,9 @@ def test_a_signal_is_remembered_until_the_loop_looks(number, second_ends):
     if not second_ends:
         os.kill(os.getpid(), number)
         assert stop.requested
+
+
+@pytest.mark.parametrize("values", [{}, {"step": "2"}, {"step": 2, "tokens": None}, {"step": 2, "left_out": {"a": 1}}])
+def test_a_state_of_another_form_is_refused(values):
+    with pytest.raises(CheckpointError, match="state of training is none"):
+        TrainState.from_json(values)
