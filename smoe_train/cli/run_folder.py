@@ -19,6 +19,7 @@ from smoe_train.bounded import leading_out, read_json
 from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST
 from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.checkpoint.store import CheckpointStore
+from smoe_train.cli.last_words import LOGS
 from smoe_train.durable import write_file
 from smoe_train.errors import CheckpointError, LaunchError, printable
 from smoe_train.recipe import RECIPE, Recipe, load_recipe
@@ -58,7 +59,7 @@ def create(run_folder: Path, recipe: Recipe, keep_old: bool) -> None:
         LaunchError: The folder cannot be written.
     """
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / LOGS).mkdir(parents=True, exist_ok=True)
         if keep_old and (run_folder / RECIPE).is_file():
             number = 1 + len(list(run_folder.glob("recipe.before-*.yaml")))
             (run_folder / RECIPE).rename(run_folder / f"recipe.before-{number}.yaml")

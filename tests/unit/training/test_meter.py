@@ -25,7 +25,7 @@ def stats(slots, tokens):
 def objective(task, balance, slots, tokens=4):
     losses = {"load_balance_loss": torch.tensor(balance, requires_grad=True), "z_loss": torch.tensor(2.0)}
     output = SimpleNamespace(router_losses=losses, routing_stats={1: stats(slots, tokens)})
-    return SimpleNamespace(task=torch.tensor(task), output=output)
+    return SimpleNamespace(total=torch.tensor(task), task=torch.tensor(task), output=output)
 
 
 def alone(values):
