@@ -31,7 +31,7 @@ CAPTIONS = {
     "underused, grey not recorded.",
 }
 
-KINDS: Mapping[str, type | tuple[type, ...]] = {"step": int, "split": str, "loss": (int, float), "tokens": int}
+KINDS: Mapping[str, type | tuple[type, ...]] = {"step": int, "split": str, "loss": (int, float), "tokens": (int, float)}
 
 Records = Sequence[Mapping[str, Any]]
 

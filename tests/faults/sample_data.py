@@ -15,9 +15,28 @@ from typing import Any
 
 Files = Mapping[str, bytes]
 
-WORDS = (
-    ["router", "expert", "token", "gate", "layer", "batch", "step", "loss", "norm", "rank", "shard", "send", "merge", "plan", "sort", "score", "the", "of", "and", "to"]
-)
+WORDS = [
+    "router",
+    "expert",
+    "token",
+    "gate",
+    "layer",
+    "batch",
+    "step",
+    "loss",
+    "norm",
+    "rank",
+    "shard",
+    "send",
+    "merge",
+    "plan",
+    "sort",
+    "score",
+    "the",
+    "of",
+    "and",
+    "to",
+]
 REVIEWS = {"neg": "dull", "pos": "great"}
 
 
@@ -200,7 +219,10 @@ def _labelled() -> list[Sample]:
         f"{split}.txt": "".join(f"__label__{1 + i % 5}\t{line}\n" for i, line in enumerate(lines(count))).encode()
         for split, count in (("train", 50), ("dev", 10), ("test", 10))
     }
-    trees = dict.fromkeys(("trees/train.txt", "trees/dev.txt", "trees/test.txt"), b"(3 (2 a) (2 film))\n(1 (2 -LRB-) (0 (2 dull) (1 one)))\n" * 20)
+    trees = dict.fromkeys(
+        ("trees/train.txt", "trees/dev.txt", "trees/test.txt"),
+        b"(3 (2 a) (2 film))\n(1 (2 -LRB-) (0 (2 dull) (1 one)))\n" * 20,
+    )
     sst5 = {"source": "sst5", "allow_piece": True, "path": "@"}
     found += [
         Sample("sst5, fastText", sst, sst5, True),

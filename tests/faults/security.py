@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import io
 import json
 import multiprocessing
@@ -23,14 +24,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from faults.hostile_artefacts import CANARY, RUN, Artefact, Command, corpus, payloads
+from faults.hostile_artefacts import CANARY, RUN, Artefact, Command, payloads
+from faults.hostile_inputs import hostile_inputs
+from faults.hostile_runs import hostile_runs
 from faults.judged_command import Ended, smoe_train
 from faults.scenario import Outcome, Scale
-from matplotlib import font_manager as _fonts
 from support.tiny import tiny_recipe, write_text
 
-# What the commands import when they run is imported here once, before processes are forked.
-from smoe_train.cli import evaluate_tasks, export, generate, worker
+# What commands import when they run is imported once, before processes are forked; matplotlib then writes a cache.
+IMPORTED = ("matplotlib.font_manager", *(f"smoe_train.cli.{name}" for name in ("evaluate_tasks", "export", "worker")))
 
 SHORT_EVERY = 12  # at the short scale, each so many artefacts
 # The commands that each artefact meets; where it has more, the next artefact meets others.
@@ -62,12 +64,17 @@ def run(scale: Scale, folder: Path) -> list[Outcome]:
     """Plants each artefact into a copy of a sound run, and gives that to commands that read it, in a forked process."""
     place, base = folder / "place", folder / "base"
     before = os.getcwd()
+    for module in IMPORTED:
+        importlib.import_module(module)
     with _environment(place):
         try:
             _make_base(place, base)
             os.chdir(place / "work")
             _require_sharp_eyes(place)
-            artefacts = [_with_some(one, number, COMMANDS[scale]) for number, one in enumerate(corpus())]
+            artefacts = [
+                _with_some(one, number, COMMANDS[scale])
+                for number, one in enumerate([*hostile_runs(), *hostile_inputs()])
+            ]
             if scale == "short":
                 artefacts = artefacts[::SHORT_EVERY]
             failures: dict[str, str] = {}

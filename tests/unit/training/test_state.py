@@ -7,8 +7,8 @@ import signal
 import pytest
 from pydantic import ValidationError
 
-from smoe_train.training import EvaluationConfig, OptimizerConfig, TrainingConfig
 from smoe_train.errors import CheckpointError
+from smoe_train.training import EvaluationConfig, OptimizerConfig, TrainingConfig
 from smoe_train.training.state import TrainState
 from smoe_train.training.stop import StopRequest
 
