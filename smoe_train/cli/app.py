@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -315,6 +316,9 @@ def glue_submission(
 
 def main() -> None:
     """Run the command line; what a user can cause ends with one message and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for names and texts that the terminal cannot show
     try:
         app()
     except SmoeError as error:
