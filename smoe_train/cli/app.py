@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import typer
 from smoe_train import __version__
 from smoe_train.cli.arguments import AsJson, NumProcesses, OutputDir, Overrides, RecipeArgument, RunArgument, Which
 from smoe_train.cli.checkpoint_app import checkpoint_app
-from smoe_train.errors import RunStoppedError, SmoeError
+from smoe_train.errors import RunStoppedError, SmoeError, printable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # whatever was written then, it is no bug
 
 app = typer.Typer(
     name="smoe-train",
@@ -325,6 +328,11 @@ def main() -> None:
         prefix = "" if isinstance(error, RunStoppedError) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: {printable(str(error.filename or 'the output'))}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

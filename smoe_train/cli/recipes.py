@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
+from smoe_train.config import read_values
 from smoe_train.errors import LaunchError
 from smoe_train.recipe import find_recipe, json_schema, load_recipe, recipe_folder, shipped_recipes
 
@@ -30,8 +31,14 @@ def list_recipes(as_json: bool) -> None:
 
 
 def show_recipe(name: str) -> None:
-    """Prints a recipe's file."""
-    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+    """Prints a recipe's file.
+
+    Raises:
+        RecipeError: There is none, or it is no recipe.
+    """
+    path = find_recipe(name)
+    read_values(path)
+    print(path.read_text(encoding="utf-8"), end="")
 
 
 def copy_recipe(name: str, target: Path) -> None:

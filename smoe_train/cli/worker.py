@@ -98,6 +98,7 @@ def _report_task(trainer: Trainer, recipe: Recipe, data: ExampleStore, run_folde
     """Evaluates the best checkpoint on the splits that are reported once."""
     best = trainer.process.broadcast_object(trainer.store.find("best") if trainer.process.is_first else None)
     checkpoint = Checkpoint.open(best)
+    checkpoint.verify()
     result = report_task(trainer.model, recipe, data, checkpoint, run_folder, trainer.process)
     if result is None or trainer.journal is None:
         return

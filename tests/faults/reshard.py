@@ -107,7 +107,12 @@ def _recipes(text: Path, sections: Sections) -> MakeRecipe:
     def make(layout: Layout) -> Recipe:
         values: Sections = {
             "model": {"moe": {"num_experts": EXPERTS, "router": {"type": "top_k"}, "load_balance_coefficient": 0.01}},
-            "training": {"max_steps": SAVED_AT + STEPS, "self_test": False},
+            # Of 8 samples a step: one process accumulates two micro-batches, more have one each.
+            "training": {
+                "max_steps": SAVED_AT + STEPS,
+                "micro_batch_size": 2 if layout.world == 4 else 4,
+                "self_test": False,
+            },
             "learning_rate": {"peak": 0.003},
             "evaluation": {"every_steps": 1000, "max_tokens": 100},
             "checkpoint": {"every_steps": SAVED_AT, "keep_last": 100},
@@ -250,7 +255,7 @@ def _commands(saved: Path, folder: Path) -> Outcome:
         run_folder, output = saved / f"from-{source}", folder / f"{source}-to-{world}-{experts}"
         tried += 1
         with contextlib.redirect_stdout(io.StringIO()):
-            reshard_checkpoint(run_folder, "latest", world, experts, (), output, True)
+            reshard_checkpoint(run_folder, "latest", world, experts, ("training.micro_batch_size=2",), output, True)
         before = Checkpoint.open(run_folder / CHECKPOINTS / step_name(SAVED_AT + STEPS))
         after = Checkpoint.open(output / CHECKPOINTS / before.path.name)
         there = Checkpoint.open(saved / f"from-{world}-{experts}-1" / CHECKPOINTS / before.path.name)
