@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 import shutil
+import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_REPLACED = ".replaced-"
+_RENAME_EXCHANGE = 2
 
 
 @contextmanager
@@ -55,6 +62,44 @@ def creating(folder: Path) -> Iterator[Path]:
         flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def take_place(new: Path, path: Path) -> None:
+    """Renames a folder to ``path``; a folder that is there keeps its place until the new one has it.
+
+    Linux exchanges the two, and the old one is then found under the name of the new one. Where the file system cannot
+    (NFS), there is a moment with neither of them; `put_back` is what ends it after a crash.
+    """
+    if not path.exists() or not _exchanged(new, path):
+        replaced = path.with_name(f"{_REPLACED}{path.name}-{uuid.uuid4().hex}")
+        if path.exists():
+            path.rename(replaced)
+        try:
+            new.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Gives those folders their place again that a crash in `take_place` has taken away."""
+    for replaced in folder.glob(f"{_REPLACED}*") if folder.is_dir() else ():
+        path = folder / replaced.name.removeprefix(_REPLACED).rpartition("-")[0]
+        with contextlib.suppress(OSError):
+            if path.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(path)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if exchange is None:
+        return False
+    here = -100  # AT_FDCWD
+    return int(exchange(here, os.fsencode(first), here, os.fsencode(second), _RENAME_EXCHANGE)) == 0
 
 
 def flush(path: Path) -> None:

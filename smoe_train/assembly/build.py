@@ -61,12 +61,14 @@ if TYPE_CHECKING:
 
 def start_process(recipe: Recipe) -> Process:
     """Returns this process, joined to its peers if the recipe's engine works with peers."""
-    from smoe_train.parallel.process import COLLECTIVE_TIMEOUT, Process
+    from smoe_train.parallel.process import COLLECTIVE_TIMEOUT, FOREVER, Process
 
     if recipe.parallel.engine == "local":
         return Process.alone()
     # The watchdog, which knows more of a hang, must be the first to find it.
-    hang_seconds = recipe.training.hang_seconds or 0.0
+    hang_seconds = recipe.training.hang_seconds
+    if hang_seconds is None or hang_seconds > FOREVER.total_seconds() / 2:
+        return Process.start(FOREVER)
     return Process.start(max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * hang_seconds)))
 
 
@@ -175,7 +177,7 @@ def build_engine(recipe: Recipe, model: SmoePreTrainedModel, process: Process) -
         return LocalEngine(model, groups, optimizer, accumulation_steps, training.gradient_clipping)
     from smoe_train.parallel.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(
+    engine = DeepSpeedEngine(
         model,
         groups,
         optimizer,
@@ -185,6 +187,8 @@ def build_engine(recipe: Recipe, model: SmoePreTrainedModel, process: Process) -
         accumulation_steps,
         training.gradient_clipping,
     )
+    process.share_timeout()
+    return engine
 
 
 def build_sample_order(
@@ -266,7 +270,7 @@ def build_trainer(
         sample_order=build_sample_order(recipe, batches.train, sorted(model.routers()), process),
         stop=stop,
     )
-    trainer.saver.note, trainer.saver.lost_best = trainer.note, trainer.forget_best
+    trainer.saver.note, trainer.saver.best_ended = trainer.note, trainer.best_ended
     return trainer
 
 

@@ -41,6 +41,7 @@ AnyStore = TokenStore | ExampleStore
 SELECTION_SEED = 20240
 
 TASK = "classification"  # key of a checkpoint's state
+RESUMED = ("train", "optimizer_steps", "score_key")  # keys of it that every version has written
 
 TRAIN_AND_VALID: tuple[SplitName, SplitName] = ("train", "valid")
 
@@ -212,12 +213,18 @@ def check_identity(recipe: Recipe, store: AnyStore, checkpoint: Checkpoint) -> N
     An option that the checkpoint does not know, since it is younger, must be at its default.
 
     Raises:
-        CheckpointError: They differ; the message names each key with both values.
+        CheckpointError: They differ; the message names each key with both values. Or the checkpoint's state lacks
+            something that a run needs to go on.
     """
     if AVERAGE_OF in checkpoint.state:
         raise CheckpointError(
             f"{checkpoint.path}: is an average of checkpoints and holds no optimizer state, so no run can be resumed "
             "from it; begin a new one with its weights: initialise.path"
+        )
+    missing = [key for key in RESUMED if key not in checkpoint.state]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: its state lacks {' and '.join(missing)}, so no run can go on from it; use another one"
         )
     saved, expected = checkpoint.state.get("identity", {}), identity(recipe, store)
     known = {**recipe.with_defaults().identity(), **saved}

@@ -84,7 +84,7 @@ class Checkpoint:
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no complete checkpoint: it has no {MANIFEST}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error}") from error
+            raise CheckpointError(f"{path / MANIFEST}: damaged, or cannot be read: {error}") from error
         _require_sound(manifest, path / MANIFEST)
         try:
             step, state = int(manifest["step"]), dict(manifest["state"])

@@ -32,7 +32,7 @@ from smoe_train.checkpoint.folders import (
 )
 from smoe_train.checkpoint.manifest import Checkpoint, NewerFormatError, WrittenFile, manifest_text
 from smoe_train.checkpoint.writing import InThread, bytes_of, free_bytes, write_files, write_text_durably
-from smoe_train.durable import flush
+from smoe_train.durable import flush, put_back, take_place
 from smoe_train.errors import CheckpointError, RunFailedError
 
 _TEMPORARY = ".tmp-"
@@ -65,12 +65,14 @@ class Saved:
         step: Its step.
         best: Whether it was to be the best so far.
         problem: Why there is no such checkpoint, or None.
+        warning: What else could not be written, or None.
     """
 
     path: Path
     step: int
     best: bool
     problem: str | None
+    warning: str | None = None
 
 
 @dataclass
@@ -83,7 +85,7 @@ class _Saving:
     temporary: Path
     needed_bytes: int
     writing: InThread[dict[str, WrittenFile]]
-    committing: InThread[None] | None = None
+    committing: InThread[str | None] | None = None
     written: bool = False
 
 
@@ -101,6 +103,7 @@ class CheckpointStore:
         self._peers = peers
         self._keep_last = keep_last
         self._saving: _Saving | None = None
+        self._best: int | None = None  # step of the last that was saved here as the best
 
     def save(
         self,
@@ -180,9 +183,9 @@ class CheckpointStore:
                 merged = {name: file for files, _, _ in outcomes for name, file in (files or {}).items()}
                 saving.committing = InThread(lambda: self._commit(saving, merged))
             return None
-        problem = None if saving.committing is None else saving.committing.result()[1]
+        warning, problem = (None, None) if saving.committing is None else saving.committing.result()
         problem = self._peers.broadcast_object(problem if problem is None else f"rank 0: {problem}")
-        return self._end(problem)
+        return self._end(problem, warning)
 
     def settle(self) -> Saved | None:
         """Waits until the save under way has ended, if there is one, and returns how."""
@@ -191,7 +194,7 @@ class CheckpointStore:
             saved = self.advance()
         return saved
 
-    def _end(self, problem: str | None) -> Saved:
+    def _end(self, problem: str | None, warning: str | None = None) -> Saved:
         saving, self._saving = self._saving, None
         assert saving is not None
         path = self.folder / step_name(saving.step)
@@ -204,9 +207,10 @@ class CheckpointStore:
             problem = self._peers.broadcast_object(
                 f"{path}: could not be written: {problem} ({needed}); earlier checkpoints are as they were"
             )
-        return Saved(path, saving.step, saving.best, problem)
+        return Saved(path, saving.step, saving.best, problem, warning)
 
-    def _commit(self, saving: _Saving, files: Mapping[str, WrittenFile]) -> None:
+    def _commit(self, saving: _Saving, files: Mapping[str, WrittenFile]) -> str | None:
+        """Makes a checkpoint of what all ranks have written; returns what else could not be written."""
         temporary, step = saving.temporary, saving.step
         for name, file in files.items():
             path = temporary / name
@@ -214,22 +218,24 @@ class CheckpointStore:
                 raise OSError(f"rank 0 does not see {name}: run folders must be on storage that all hosts share")
         write_text_durably(temporary / MANIFEST, manifest_text(step, saving.state, files))
         flush(temporary)
-        final = self.folder / step_name(step)
-        replaced = self.folder / f"{_REMOVED}{uuid.uuid4().hex}"
-        if final.exists():
-            final.rename(replaced)
-        try:
-            temporary.rename(final)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(final)
-            raise
+        take_place(temporary, self.folder / step_name(step))
         flush(self.folder)
         flush(self.folder.parent)  # which may hold this folder since this save
-        self._point("latest", step)
+        # The checkpoint is there: what goes wrong from here on is no reason to say that it is not.
         if saving.best:
-            self._point("best", step)
+            self._best = step
+        warnings = [self._point_if_possible("latest", step)]
+        if self._best is not None and pointed(self.folder, "best") != self.folder / step_name(self._best):
+            warnings.append(self._point_if_possible("best", self._best))
         self._prune(step)
+        return next((warning for warning in warnings if warning is not None), None)
+
+    def _point_if_possible(self, name: str, step: int) -> str | None:
+        try:
+            self._point(name, step)
+        except OSError as error:
+            return f"{self.folder / name}: could not be written: {error.strerror}; {step_name(step)} itself is sound"
+        return None
 
     def _point(self, name: str, step: int) -> None:
         temporary = self.folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex}"
@@ -243,9 +249,9 @@ class CheckpointStore:
         Checkpoints of later steps than the one just written are damaged, or the run was taken back behind them: they
         stay, and do not count, lest they crowd out the sound ones.
         """
-        best = pointed(self.folder, "best")
+        best = [pointed(self.folder, "best"), *([] if self._best is None else [self.folder / step_name(self._best)])]
         written = [path for path in self.complete() if step_of(path) <= newest]
-        self.remove([path for path in written[self._keep_last :] if path != best])
+        self.remove([path for path in written[self._keep_last :] if path not in best])
 
     def remove(self, checkpoints: Iterable[Path]) -> None:
         """Removes checkpoints, and what crashed saves have left; nobody may be saving meanwhile.
@@ -272,13 +278,32 @@ class CheckpointStore:
         """Points ``best`` to a step again, which a crash may have prevented; returns whether it is still there."""
         found = False
         if self._peers.rank == 0 and step is not None and self.folder / step_name(step) in self.complete():
-            self._point("best", step)
             found = True
+            if pointed(self.folder, "best") != self.folder / step_name(step):
+                self._point_if_possible("best", step)
         return bool(self._peers.broadcast_object(found))
 
     def later_than(self, step: int) -> list[Path]:
         """Returns the complete checkpoints of later steps."""
         return [path for path in self.complete() if int(path.name.removeprefix("step-")) > step]
+
+    def set_aside_later(self, step: int) -> list[Path]:
+        """Sets the checkpoints of later steps aside, for all ranks; returns their new places on rank 0.
+
+        Raises:
+            RunFailedError: They cannot be renamed; every rank raises it.
+        """
+        aside: list[Path] = []
+        problem: str | None = None
+        if self._peers.rank == 0:
+            try:
+                aside = [self.set_aside(path) for path in self.later_than(step)]
+            except OSError as error:
+                problem = f"{self.folder}: checkpoints after step {step} cannot be set aside: {error.strerror}"
+        problem = self._peers.broadcast_object(problem)
+        if problem is not None:
+            raise RunFailedError(problem)
+        return aside
 
     def set_aside(self, path: Path) -> Path:
         """Renames a checkpoint so that nothing takes it for one of this run any more; returns its new place."""
@@ -310,6 +335,7 @@ class CheckpointStore:
 
     def _newest_sound_here(self, warn: Callable[[str], None], at_most: int | None) -> tuple[Path | None, str | None]:
         problems: list[tuple[int, str]] = []
+        put_back(self.folder)
         for path in checkpoint_folders(self.folder):
             if at_most is not None and step_of(path) > at_most:
                 continue

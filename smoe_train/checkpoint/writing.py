@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ def write_files(
     Raises:
         NotFiniteError: A weight or moment is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)  # not its parents: a run folder that is gone may be a disk that is gone
+    folder.mkdir(exist_ok=True)
     written = {}
     for name, tensors in files.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -106,10 +108,11 @@ class InThread(Generic[T]):
         return self._result, self._problem
 
     def _run(self, action: Callable[[], T]) -> None:
-        # Training goes before: where all cores compute, the thread takes what they leave.
-        with contextlib.suppress(AttributeError, OSError):  # no Linux
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
+            if sys.platform == "linux":  # elsewhere, the number of a thread may be that of another process
+                # Training goes before: where all cores compute, the thread takes what they leave.
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             self._result = action()
         except EXPECTED as error:
             self._problem = f"{type(error).__name__}: {error}"

@@ -34,6 +34,10 @@ def die_with_parent() -> None:
 
 def _main(module: str, arguments: Sequence[str]) -> int:
     """Runs ``module.main()``; returns 128 + signal if a worker was ended by one, else the launcher's exit code."""
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        # A scheduler that signals every process of a job must not end the one that waits for the workers to save. They
+        # inherit what is ignored, but no handler.
+        signal.signal(signal.SIGUSR1, lambda *_: None)
     die_with_parent()
     os.environ[LAUNCHER_PID] = str(os.getpid())
     sys.argv = [module, *arguments]

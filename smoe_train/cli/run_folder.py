@@ -62,7 +62,8 @@ def create(run_folder: Path, recipe: Recipe, keep_old: bool) -> None:
         (run_folder / LOGS).mkdir(parents=True, exist_ok=True)
         if keep_old and (run_folder / RECIPE).is_file():
             number = 1 + len(list(run_folder.glob("recipe.before-*.yaml")))
-            (run_folder / RECIPE).rename(run_folder / f"recipe.before-{number}.yaml")
+            # A copy: whenever this process is killed, the run has a recipe.
+            write_file(run_folder / f"recipe.before-{number}.yaml", (run_folder / RECIPE).read_bytes())
         write_file(run_folder / RECIPE, recipe.to_yaml().encode())
     except OSError as error:
         raise LaunchError(f"{run_folder}: cannot be written: {error.strerror}; choose another --output-dir") from error

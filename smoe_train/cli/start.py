@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smoe_train.checkpoint import Checkpoint
+from smoe_train.checkpoint.folders import CHECKPOINTS, is_step_name
 from smoe_train.checkpoint.manifest import NewerFormatError
 from smoe_train.cli.progress_bars import shown
 from smoe_train.cli.run_folder import create, store_of
 from smoe_train.data import ExampleStore, Tokenizer, save_tokenizer
+from smoe_train.durable import put_back
 from smoe_train.errors import CheckpointError, DataError, LaunchError, RecipeError
 from smoe_train.evaluation.results import RESULTS
 from smoe_train.recipe import RECIPE, TOKENIZER, Recipe, flat, load_recipe
@@ -31,7 +33,7 @@ class Start:
         recipe: What it runs.
         run_folder: Where it writes.
         checkpoint: What it continues from, or None to start anew; workers verify it.
-        abandoned: Checkpoints of this run that are later than that one: another future, set aside.
+        abandoned: Checkpoints in the run folder of another timeline than that one's, which are set aside.
         changes: Settings that differ from those it was started with.
         tokenizer: The tokenizer of its data.
         reports: Whether its best checkpoint is evaluated at the end.
@@ -95,7 +97,12 @@ def decide(recipe: Recipe, run_folder: Path, resume: str, world_size: int) -> St
         return Start(recipe, run_folder, None, (), (), tokenizer)
     check_identity(recipe, store, checkpoint)
     kept = store_of(run_folder)
-    abandoned = tuple(kept.later_than(checkpoint.step)) if resume != "auto" and kept.holds(checkpoint) else ()
+    if resume == "auto":
+        abandoned: tuple[Path, ...] = ()
+    elif kept.holds(checkpoint) and is_step_name(checkpoint.path.name):
+        abandoned = tuple(kept.later_than(checkpoint.step))
+    else:  # none of those in the folder belongs to the timeline that begins here
+        abandoned = tuple(path for path in kept.complete() if path.resolve() != checkpoint.path.resolve())
     # Another run's last checkpoint leaves nothing to train here, and so no best checkpoint to evaluate.
     reports = isinstance(store, ExampleStore) and len(store.splits) > 1 and kept.holds(checkpoint)
     return Start(recipe, run_folder, checkpoint, abandoned, _changes(recipe, run_folder), tokenizer, reports)
@@ -109,7 +116,7 @@ def begin(start: Start) -> None:
     """
     for path in start.abandoned:
         aside = store_of(start.run_folder).set_aside(path)
-        _say(f"{path.name} is later than the checkpoint to resume from; it is now {aside.name}")
+        _say(f"{path.name} does not lead to where this run goes on from; it is now {aside.name}")
     if start.abandoned:
         _keep_records(start.run_folder)
     create(start.run_folder, start.recipe, keep_old=bool(start.changes))
@@ -139,10 +146,14 @@ def _starting_point(run_folder: Path, resume: str, max_steps: int) -> Checkpoint
     if resume == "never" or (resume == "auto" and not (run_folder / RECIPE).is_file()):
         return None
     if resume != "auto":
+        if (Path(resume) / RECIPE).is_file():
+            names = ", ".join(path.name for path in store_of(Path(resume)).complete()) or "it has none"
+            raise CheckpointError(f"--resume {resume}: is a run folder; name one of its {CHECKPOINTS} ({names})")
         checkpoint = Checkpoint.open(Path(resume))
         checkpoint.verify()
         return checkpoint
     store = store_of(run_folder)
+    put_back(store.folder)
     for path in store.complete():
         try:
             checkpoint = Checkpoint.open(path)

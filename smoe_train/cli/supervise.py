@@ -211,7 +211,8 @@ class _Watch:
             if self._failed_at is None and _failed_any(errors, gone):
                 self._failed_at, self._gone = now, gone
             if len(self._received) > 1:
-                return Ended(128 + self._received[0])
+                names = " and ".join(one.name for one in self._received[:2])
+                return Ended(128 + self._received[0], f"ended at once by {names}, without a checkpoint; {RESUMABLE}")
             if self._failed_at is None and (any(one.hung for one in errors) or self._hearts.standing_still()):
                 return self._hung()
             if self._asked_at is not None and now - self._asked_at > self._limits.grace_seconds:
@@ -237,17 +238,20 @@ class _Watch:
             return Ended(0)
         killed_by = 0 if status is None else -status if status < 0 else status - 128
         failures = [one for one in errors if not one.stopped and not one.lost_peer]
-        asked = {signal.SIGINT, signal.SIGTERM} if self._received else set()
+        # A scheduler may signal workers too, before they listen.
+        asked = {signal.SIGINT, signal.SIGTERM, *self._received} if self._received else set()
         if killed_by > 0 and killed_by not in asked and not (failures and status is not None and status < 0):
             # Killed from outside: what the others say of it, lost connections or a stop, is no cause.
             return _killed("the launcher" if status is not None and status < 0 else "a worker", killed_by)
         if failures:
             return _failed(failures[0])
         stopped = [one.message for one in errors if one.stopped]
-        if self._received and (stopped or not self._hearts.begun):
-            return Ended(
-                RunStoppedError.exit_code, stopped[0] if stopped else _before_the_first_step(self._received[0])
-            )
+        if self._received and stopped:
+            return Ended(RunStoppedError.exit_code, stopped[0])
+        if self._received and not self._limits.ranks:  # no heartbeats: whether there is anything to resume is not known
+            return Ended(128 + self._received[0], f"stopped by {self._received[0].name}")
+        if self._received and not self._hearts.begun:
+            return Ended(RunStoppedError.exit_code, _before_the_first_step(self._received[0]))
         if status is None:
             ranks = " and ".join(f"rank {rank}" for rank in self._gone) or "a worker"
             return Ended(

@@ -118,9 +118,17 @@ def _train_as_command(options: TrainOptions, started: float) -> int:
     with held(run_folder):
         begin(start)
         print(f"run {run_folder}: {plan.nproc} process{'es' if plan.nproc > 1 else ''}", file=sys.stderr)
-        if plan.launcher == "in_process":
-            return _train_here(recipe, run_folder, options.resume, started)
-        return _train_in_workers(plan, recipe, run_folder, options, started)
+        code = SmoeError.exit_code
+        try:
+            if plan.launcher == "in_process":
+                code = _train_here(recipe, run_folder, options.resume, started)
+            else:
+                code = _train_in_workers(plan, recipe, run_folder, options, started)
+        finally:
+            if code != 0 and options.resume not in ("auto", "never"):
+                # Whatever has been said of the same command: it would begin there again.
+                print("note: --resume auto goes on from here; --resume PATH would begin there again", file=sys.stderr)
+        return code
 
 
 def _command(plan: LaunchPlan, recipe: Recipe, run_folder: Path, resume: str) -> list[str]:

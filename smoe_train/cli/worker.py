@@ -78,8 +78,9 @@ def train_worker(
             if step is not None:
                 trainer.journal.note(f"resumed from {checkpoint.path if checkpoint else ''}")
         if process.any(stop.requested):
-            before = f"before step {(step or 0) + 1}"
-            raise RunStoppedError(f"stopped {stop.reason} {before}; the same command resumes the run")
+            text = f"stopped {stop.reason} before step {(step or 0) + 1}; the same command resumes the run"
+            none_made = ", but no step was made: raise training.max_seconds" if stop.signal is None else ""
+            raise RunStoppedError(text + none_made)
         trainer.train()
         trainer.beat(END)
         if isinstance(data, ExampleStore):

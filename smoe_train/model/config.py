@@ -108,7 +108,8 @@ class ModelConfig(StrictModel):
         if too_many:
             key = "moe.top_k" if moe.top_k in too_many else "moe.num_experts"
             found.append((key, f"k = {too_many[-1]} exceeds num_experts {moe.num_experts}"))
-        plan = RouterPlan(top_k_values, moe.num_experts, max_steps, causal, loaded)
+        possible = top_k_values or frozenset({moe.num_experts})  # none is, which has been said
+        plan = RouterPlan(possible, moe.num_experts, max_steps, causal, loaded)
         found.extend(("moe.router", problem) for problem in moe.router.problems(plan))
         available = ROUTERS.get(moe.router.type).router.losses_of(moe.router)
         for loss, coefficient in (("load_balance_loss", "load_balance_coefficient"), ("z_loss", "z_loss_coefficient")):

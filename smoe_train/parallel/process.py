@@ -11,12 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from smoe_train.errors import LaunchError
 from smoe_train.parallel.rendezvous import meet
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# The most there is: torch's sockets take milliseconds as a 32-bit number, of a longer time what is left of it.
+FOREVER = timedelta(days=24)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Process:
         world_size: Number of processes.
         device: Where this process computes.
         control: Process group for small messages between hosts' memories, so that they never wait for a device.
+        collective_timeout: How long a collective waits for peers.
     """
 
     rank: int
@@ -36,6 +40,7 @@ class Process:
     world_size: int
     device: torch.device
     control: Any = None
+    collective_timeout: timedelta = COLLECTIVE_TIMEOUT
 
     @classmethod
     def alone(cls) -> Process:
@@ -66,6 +71,7 @@ class Process:
         from deepspeed.accelerator import get_accelerator
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").addFilter(_is_news)
         accelerator = get_accelerator()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cpu")
@@ -93,8 +99,14 @@ class Process:
         # two minutes, and whose lock file blocks later runs if it is killed. Training never uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        control = None if device.type == "cpu" else dist.new_group(backend="gloo")
-        return cls(dist.get_rank(), local_rank, dist.get_world_size(), device, control)
+        control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=collective_timeout)
+        return cls(dist.get_rank(), local_rank, dist.get_world_size(), device, control, collective_timeout)
+
+    def share_timeout(self) -> None:
+        """Gives all process groups there are the collective timeout: DeepSpeed makes its own without one."""
+        if dist.is_initialized():
+            for group in distributed_c10d._world.pg_map:
+                distributed_c10d._set_pg_timeout(self.collective_timeout, group)
 
     @property
     def is_first(self) -> bool:
@@ -145,3 +157,8 @@ class Process:
         """Leaves the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's is to be shown: of steps that are not finite the trainer says more."""
+    return "OVERFLOW!" not in record.getMessage()

@@ -122,6 +122,13 @@ def _health_checks(recipe: Recipe) -> Found:
     if collapse.action != "off" and collapse.dead_experts is collapse.imbalance is collapse.entropy_below is None:
         message = "there is nothing to watch for: dead_experts, imbalance and entropy_below are null; use off"
         found.append(("health.router_collapse.action", message, ("health.router_collapse",)))
+    kept = recipe.checkpoint.keep_last * recipe.checkpoint.every_steps
+    if collapse.action == "rollback" and kept <= collapse.patience_steps + recipe.reporting.log_every_steps:
+        message = (
+            f"a collapse is known {collapse.patience_steps} steps after it began (patience_steps), but the checkpoints "
+            f"that are kept reach {kept} steps back; raise checkpoint.keep_last or every_steps, or use stop"
+        )
+        found.append(("health.router_collapse.action", message, ("checkpoint", "reporting")))
     # Steps without an alarm; the defaults may exceed a short run.
     quiet = {("loss_spike", "window_steps"): spike.window_steps // 2 + spike.in_a_row - 1}
     quiet["router_collapse", "patience_steps"] = collapse.patience_steps - 1

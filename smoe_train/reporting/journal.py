@@ -103,10 +103,15 @@ class Journal:
         for sink in self._sinks:
             sink.note(text)
 
-    def rewind(self, step: int) -> None:
-        """Drops the records of later steps from the files: the run goes back to the checkpoint of this one."""
-        self._metrics.rewind(step)
-        self._routing.rewind(step)
+    def rewind(self, step: int, validated: bool = True) -> None:
+        """Drops the records of later steps from the files: the run goes back to the checkpoint of this one.
+
+        Args:
+            step: The last one to keep.
+            validated: Whether to keep its validation; without it, the run validates once more.
+        """
+        self._metrics.rewind(step, validated)
+        self._routing.rewind(step, validated)
 
     def close(self) -> None:
         """Ends everything; waits a second or two for slow sinks, longer only for uploads to a server that answers."""

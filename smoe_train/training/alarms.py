@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
 
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
+from smoe_train.errors import CheckpointError
 from smoe_train.training.health_config import HealthConfig, RouterCollapseConfig
 
 # The median absolute deviation of a normal distribution times this is its standard deviation.
@@ -20,11 +24,6 @@ ROLLBACKS = 3
 
 AlarmName = Literal["non_finite", "loss_spike", "router_collapse"]
 Found = dict[str, tuple[int, str]]
-
-# What each entry means: steps in a row that were not finite and the last of them; losses before; the first step of a
-# spike that goes on and how many have followed; of each layer what `_Layer` says; of each alarm how often training was
-# rolled back for it and the last step that was about.
-NOTHING_YET: Mapping[str, Any] = {"non_finite": (0, 0), "losses": (), "spike": (), "layers": {}, "rollbacks": {}}
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,8 @@ class Alarms:
 
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
-        self._non_finite = 0
-        self._last_non_finite = 0
-        self.restore(NOTHING_YET)
+        self._non_finite = self._last_non_finite = 0
+        self.restore({})
 
     def judge_step(self, step: int, finite: bool) -> Alarm | None:
         """Judges a step before its update is applied; to be called once for each step that is computed.
@@ -106,18 +104,24 @@ class Alarms:
             "non_finite": [self._non_finite, self._last_non_finite],
             "losses": list(self._losses),
             "spike": list(self._spike),
-            "layers": {str(layer): state.to_json() for layer, state in self._layers.items()},
+            "layers": {str(layer): asdict(state) for layer, state in self._layers.items()},
             "rollbacks": {name: list(values) for name, values in self._rollbacks.items()},
         }
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Goes on from what `to_json` wrote; from the beginning if that is empty."""
-        values = {**NOTHING_YET, **values}
-        self._non_finite, self._last_non_finite = values["non_finite"]
-        self._losses: deque[float] = deque(values["losses"], maxlen=self._config.loss_spike.window_steps)
-        self._spike = list[int](values["spike"])
-        self._layers = {int(layer): _Layer.from_json(state) for layer, state in values["layers"].items()}
-        self._rollbacks = {str(name): list[int](counts) for name, counts in values["rollbacks"].items()}
+        """Goes on from what `to_json` wrote; from the beginning if that is empty.
+
+        Raises:
+            CheckpointError: It is no state of alarms, whoever wrote it.
+        """
+        try:
+            # As JSON: strict, tuples and numbered layers are made of nothing but themselves in Python.
+            memory = TypeAdapter(_Memory).validate_json(json.dumps(dict(values)), strict=True)
+        except ValidationError as error:
+            raise CheckpointError(f"the checkpoint's state of the alarms is none: {error}; use another one") from error
+        self._non_finite, self._last_non_finite = memory.non_finite
+        self._losses: deque[float] = deque(memory.losses, maxlen=self._config.loss_spike.window_steps)
+        self._spike, self._layers, self._rollbacks = memory.spike, memory.layers, memory.rollbacks
 
     def go_back(self, values: Mapping[str, Any]) -> None:
         """Restores the state of the checkpoint that a rollback went to, without forgetting what led to it."""
@@ -136,11 +140,11 @@ class Alarms:
             above = loss > usual + config.threshold * spread
         self._losses.append(loss)
         if not above:
-            self._spike = []
+            self._spike = ()
             self._over("loss_spike", step)
             return None
         first, count = self._spike or (step, 0)
-        self._spike = [first, count + 1]
+        self._spike = (first, count + 1)
         if count + 1 != config.in_a_row:
             return None
         message = (
@@ -171,8 +175,8 @@ class Alarms:
 
     def _raised(self, name: AlarmName, action: Any, since: int, step: int, message: str) -> Alarm:
         if action == "rollback":
-            count = self._rollbacks.get(name, [0, 0])[0] + 1
-            self._rollbacks[name] = [count, step]
+            count = self._rollbacks.get(name, (0, 0))[0] + 1
+            self._rollbacks[name] = (count, step)
             if count > ROLLBACKS:
                 return Alarm(name, "stop", since, step, f"{message}; {ROLLBACKS} rollbacks have not helped")
         return Alarm(name, action, since, step, message)
@@ -183,18 +187,24 @@ class Alarms:
             del self._rollbacks[name]
 
 
+@dataclass
 class _Layer:
-    """What one MoE layer's router has done: steps after which an expert was idle, or after which something held."""
+    """What one MoE layer's router has done: steps after which an expert was idle, or after which something held.
 
-    def __init__(self) -> None:
-        self.idle_after: list[int | None] = []  # of each expert
-        self.holds_after: dict[str, int] = {}
-        self.collapsed: list[str] = []  # what an alarm has been raised for and is not over
+    Attributes:
+        idle_after: Of each expert; None for one that is not.
+        holds_after: Of each condition but idle experts.
+        collapsed: What an alarm has been raised for and is not over.
+    """
+
+    idle_after: list[int | None] = field(default_factory=list)
+    holds_after: dict[str, int] = field(default_factory=dict)
+    collapsed: list[str] = field(default_factory=list)
 
     def judge(self, record: Mapping[str, Any], before: int, step: int, config: RouterCollapseConfig) -> Found:
         """Takes in the record of steps ``before`` + 1 to ``step``; returns what has now held for long enough."""
         load, entropy = record["load"], record["entropy_normalised"]
-        idle = self.idle_after or [None] * len(load)
+        idle = self.idle_after if len(self.idle_after) == len(load) else [None] * len(load)
         self.idle_after = [
             None if share > 0.0 else before if after is None else after for share, after in zip(load, idle, strict=True)
         ]
@@ -226,15 +236,24 @@ class _Layer:
         share = config.dead_experts
         return share is not None and len(idle) > 0 and len(idle) / len(self.idle_after) >= share
 
-    def to_json(self) -> dict[str, Any]:
-        return {"idle_after": self.idle_after, "holds_after": self.holds_after, "collapsed": self.collapsed}
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> _Layer:
-        layer = cls()
-        layer.idle_after = list(values["idle_after"])
-        layer.holds_after, layer.collapsed = dict(values["holds_after"]), list(values["collapsed"])
-        return layer
+@dataclass
+class _Memory:
+    """The state of all alarms, as a checkpoint holds it.
+
+    Attributes:
+        non_finite: Steps in a row that were not finite, and the last of them.
+        losses: The losses before, of the window.
+        spike: The first step of a spike that goes on, and how many have followed.
+        layers: Of each MoE layer.
+        rollbacks: Of each alarm how often training was rolled back for it, and the last step that was about.
+    """
+
+    non_finite: tuple[int, int] = (0, 0)
+    losses: list[FiniteFloat] = field(default_factory=list)
+    spike: tuple[()] | tuple[int, int] = ()
+    layers: dict[int, _Layer] = field(default_factory=dict)
+    rollbacks: dict[AlarmName, tuple[int, int]] = field(default_factory=dict)
 
 
 def robust_spread(values: Sequence[float] | deque[float]) -> tuple[float, float]:

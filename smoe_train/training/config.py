@@ -16,12 +16,12 @@ class TrainingConfig(StrictModel):
 
     max_steps: int = Field(1000, ge=1)
     """Optimizer steps altogether."""
-    max_seconds: float | None = Field(None, gt=0.0)
+    max_seconds: float | None = Field(None, gt=0.0, le=1e8)
     """Seconds from the start of the command, restarts included, after which the run writes a checkpoint and stops,
     resumably (exit code 75); null for no limit. Leave a scheduler's limit room for one step and one checkpoint."""
-    grace_seconds: float = Field(120.0, gt=0.0)
+    grace_seconds: float = Field(120.0, gt=0.0, le=1e8)
     """Seconds from a signal to stop within which the last checkpoint must be written; then the run is killed."""
-    hang_seconds: float | None = Field(600.0, gt=0.0)
+    hang_seconds: float | None = Field(600.0, gt=0.0, le=1e8)
     """Seconds without any forward pass or save on a rank after which the run counts as hung: every rank's stacks are
     printed and it ends, resumably. Loading and reporting get 180 at least; null waits for ever."""
     sequence_length: int = Field(256, ge=1)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smoe_train.checkpoint.rank_state import capture_random_state, restore_random_state
 from smoe_train.model import StackedExperts
 from smoe_train.routing import Assignment, Router
 
@@ -37,9 +38,9 @@ def find_non_finite(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) ->
     That is a weight, the output of a module (of experts: which), a router's logits or weights, the loss itself, the
     gradient at the output of a module, or the gradient of a parameter; None if this run was finite.
 
-    Nothing changes: no gradient is added to parameters, hooks that an engine has on them do not run, and random-number
-    generators are put back. All ranks must call this, and each runs all micro-batches, whatever it finds: forward and
-    backward passes exchange tokens.
+    Nothing changes: no gradient is added to parameters, hooks that an engine has on them do not run, and the global
+    random-number generators of Python, numpy, torch and the device are put back. All ranks must call this, and each
+    runs all micro-batches, whatever it finds: forward and backward passes exchange tokens.
 
     Args:
         model: The model itself, not an engine around it.
@@ -52,8 +53,7 @@ def find_non_finite(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) ->
     search = _Search(model)
     for name, parameter in model.named_parameters():
         search.look((FORWARD, BEFORE_ALL), f"the weight {name}", parameter.detach(), search.experts_of.get(name))
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type), torch.enable_grad(), search.watching():
+    with _random_state_kept(device), torch.enable_grad(), search.watching():
         for number, loss in enumerate(losses()):
             search.look((FORWARD, AFTER_ALL), "the loss, though the output of every module is finite", loss.detach())
             search.start_backward()
@@ -64,6 +64,15 @@ def find_non_finite(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) ->
                     search.look((BACKWARD, AFTER_ALL), what, gradient, search.experts_of.get(name))
             search.start_forward(number + 1)
     return search.found
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    before = capture_random_state(device)
+    try:
+        yield
+    finally:
+        restore_random_state(before, device)
 
 
 def describe(findings: Sequence[Finding | None]) -> str:

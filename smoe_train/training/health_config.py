@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from smoe_train.config import StrictModel
 
-AlarmAction = Literal["off", "warn", "stop", "rollback"]
+# YAML takes off, unquoted, for false.
+AlarmAction = Annotated[
+    Literal["off", "warn", "stop", "rollback"], BeforeValidator(lambda value: "off" if value is False else value)
+]
 
 
 class NonFiniteConfig(StrictModel):

@@ -31,7 +31,7 @@ class Saver:
         background: Whether training goes on while a checkpoint is written.
         failures_allowed: Saves in a row that may fail before the run ends.
         note: Tells on rank 0 whoever watches.
-        lost_best: Called on every rank when the checkpoint that was to be the best could not be written.
+        best_ended: Told on every rank whether the checkpoint that was to be the best was written.
     """
 
     engine: Engine
@@ -42,7 +42,7 @@ class Saver:
     background: bool = True
     failures_allowed: int = 0
     note: Callable[[str], None] = field(default=lambda text: None)
-    lost_best: Callable[[], None] = field(default=lambda: None)
+    best_ended: Callable[[bool], None] = field(default=lambda saved: None)
     failures: int = 0
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Tensor], best: bool) -> None:
@@ -81,20 +81,25 @@ class Saver:
         Raises:
             RunFailedError: Too many saves in a row have failed, or the last one.
         """
-        self._judge(self.store.settle())
+        saved = self.store.settle()
+        if last and saved is not None and saved.problem is not None:
+            raise RunFailedError(f"the last checkpoint of the run: {saved.problem}")
+        self._judge(saved)
         if last and self.failures:
             raise RunFailedError("the last checkpoint of the run could not be written; see above")
 
     def _judge(self, saved: Saved | None) -> None:
         if saved is None:
             return
+        if saved.best:
+            self.best_ended(saved.problem is None)
         if saved.problem is None:
             self.failures = 0
             self.note(f"checkpoint {saved.path}{' (best so far)' if saved.best else ''}")
+            if saved.warning is not None:
+                self.note(f"warning: {saved.warning}")
             return
         self.failures += 1
-        if saved.best:
-            self.lost_best()
         if self.failures > self.failures_allowed:
             in_a_row = f"{self.failures} saves in a row, checkpoint.failures_allowed is {self.failures_allowed}"
             raise RunFailedError(f"{saved.problem} ({in_a_row})")

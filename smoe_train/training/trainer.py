@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smoe_train.checkpoint import Checkpoint, CheckpointStore, restore
+from smoe_train.checkpoint.folders import step_of
 from smoe_train.checkpoint.rank_state import capture_random_state, restore_random_state
 from smoe_train.data.batches.loader import Indices, MicroBatch, TrainBatches
 from smoe_train.errors import CheckFailedError, RunFailedError, RunStoppedError
@@ -34,7 +35,7 @@ from smoe_train.training.task import Interrupted, Task, Validation
 if TYPE_CHECKING:
     from smoe_train.parallel.process import Process
 
-CALMER = "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps, and resume"
+CALMER = "Lower learning_rate.peak, or lengthen learning_rate.warmup_steps"
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Trainer:
         state: Where training stands.
         rehearsal: Whether to stop after the first step, which is written nowhere: for the self-test alone.
         not_judged: Losses that were 0 in the self-test.
+        best_on_disk: Cost and step of the best validation whose checkpoint was written.
     """
 
     config: TrainingConfig
@@ -94,6 +96,7 @@ class Trainer:
     state: TrainState = field(default_factory=TrainState)
     rehearsal: bool = False
     not_judged: list[str] = field(default_factory=list)
+    best_on_disk: tuple[float | None, int | None] = (None, None)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
@@ -106,6 +109,7 @@ class Trainer:
         comparable = checkpoint.state["score_key"] == self.score_key and self.store.holds(checkpoint)
         if not (comparable and self.store.restore_best(self.state.best_step)):
             self.state.best_cost, self.state.best_step = None, None
+        self.best_on_disk = (self.state.best_cost, self.state.best_step)
 
     def train(self) -> TrainState:
         """Trains to the last step and returns where training stands.
@@ -117,12 +121,13 @@ class Trainer:
         """
         self.model.train()
         untrained = self._self_test() if self.config.self_test and self.state.step == 0 else None
-        if self.state.step > 0 and self.state.validated_step != self.state.step and self._validation_is_due():
-            self._at_boundary(stop=False, save=False)  # the run was stopped in the middle of it
+        self._make_up_for_validation()
         while (alarm := self._train_from_here(untrained)) is not None:
             self._go_back(alarm)
+            self._make_up_for_validation()
             untrained = None
         self.saver.settle(last=not self.rehearsal)
+        self.store.restore_best(self.state.best_step)  # where its pointer could not be written
         return self.state
 
     def _train_from_here(self, untrained: dict[str, tuple[range, Tensor]] | None) -> Alarm | None:
@@ -161,7 +166,7 @@ class Trainer:
                 "tokens": state.tokens,
                 "learning_rate": rate,
                 "top_k": knobs.top_k,
-                "gradient_norm": engine.gradient_norm,
+                "gradient_norm": engine.gradient_norm if updated else math.nan,
             }
             stats = meter.end_step(facts if updated else {**facts, "skipped": True}, knobs.loss_weights)
             if updated and untrained is not None:
@@ -189,6 +194,14 @@ class Trainer:
                 meter.pause()
         return None
 
+    def _make_up_for_validation(self) -> None:
+        """Validates, and saves that it has, where the run was stopped in the middle of a validation."""
+        step = self.state.step
+        if step > 0 and self.state.validated_step != step and self._validation_is_due():
+            if self.journal is not None:
+                self.journal.rewind(step, validated=False)
+            self._at_boundary(stop=False, save=True)
+
     def _validation_is_due(self) -> bool:
         return self.state.step == self.config.max_steps or self.state.step % self.evaluation.every_steps == 0
 
@@ -196,6 +209,7 @@ class Trainer:
         """Validates and saves after a step, as far as it is time to."""
         improved = False
         if self._validation_is_due() and not stop:
+            self.saver.settle()  # what is best so far is known once it is on disk
             self.beat("validate")
             try:
                 improved = self._validate()
@@ -232,10 +246,12 @@ class Trainer:
         """
         if alarm.action == "stop":
             self.saver.settle()
-            message = f"{alarm.message}; the newest checkpoint is from before"
             if alarm.name == "non_finite":
-                raise RunFailedError(f"{message}. {CALMER}")
-            raise CheckFailedError(f"{message}. {CALMER}, or go on all the same: health.{alarm.name}.action=warn")
+                raise RunFailedError(f"{alarm.message}. {CALMER}")
+            before = [path.name for path in self.store.complete() if step_of(path) < alarm.since]
+            advice = f"resume it from {before[0]}, --resume PATH" if before else "there is no checkpoint from before"
+            go_on = f"or go on all the same: health.{alarm.name}.action=warn"
+            raise CheckFailedError(f"{alarm.message}; {advice}. {CALMER}, {go_on}")
         end = {"skip": "; weights and moments stay as they were", "rollback": "; going back to a checkpoint"}
         self.note(f"warning: {alarm.message}{end.get(alarm.action, '')}")
         return alarm.action == "rollback"
@@ -250,8 +266,7 @@ class Trainer:
         checkpoint = self.store.newest_sound(self.note, at_most=alarm.since - 1)
         if checkpoint is None:
             raise RunFailedError(f"{alarm.message}; there is no checkpoint before it to go back to. {CALMER}")
-        aside = [self.store.set_aside(path) for path in self.store.later_than(checkpoint.step) if self.process.is_first]
-        self.process.barrier()
+        aside = self.store.set_aside_later(checkpoint.step)
         left_out, alarms = {*self.state.left_out, *range(alarm.since, alarm.step + 1)}, self.alarms.to_json()
         self.resume(checkpoint)
         self.alarms.restore(alarms)
@@ -331,8 +346,8 @@ class Trainer:
         if not math.isfinite(first.loss):
             self.saver.settle()
             raise RunFailedError(
-                f"step {self.state.step}: the validation loss is {first.loss}; no "
-                f"checkpoint was written since the last validation. {CALMER} from an older checkpoint: --resume PATH"
+                f"step {self.state.step}: the validation loss is {first.loss}, though training is finite. {CALMER}, "
+                "and resume from an older checkpoint: --resume PATH"
             )
         routing = routing_records(first.routing, first.top_k, self.process.sum)
         split = self.task.split
@@ -363,9 +378,12 @@ class Trainer:
         extra = self.sample_order.tensors() if self.sample_order is not None else {}
         self.saver.save(self.state.step, state, extra, best)
 
-    def forget_best(self) -> None:
-        """Lets the next validation be the best: the checkpoint of the last best one could not be written."""
-        self.state.best_cost, self.state.best_step = None, None
+    def best_ended(self, saved: bool) -> None:
+        """Takes notice of whether the best checkpoint is on disk; if it is not, the one before counts on."""
+        if saved:
+            self.best_on_disk = (self.state.best_cost, self.state.best_step)
+        else:
+            self.state.best_cost, self.state.best_step = self.best_on_disk
 
     def adapt_routers(self, stats: StatSums) -> None:
         """Gives routers that keep statistics the sums of the step over all ranks, in one reduction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import resource
@@ -28,7 +29,7 @@ MORE_MEMORY_BYTES = 1 << 30
 def run(scale: Scale, folder: Path) -> list[Outcome]:
     """Damages data sets of every source and form, and what the cache holds of them."""
     in_cache = int(TRIES[scale] * CACHE_SHARE)
-    with _limited_memory():
+    with _limited_memory(), _no_warnings():
         return [_damaged_sources(TRIES[scale] - in_cache, folder), _damaged_caches(in_cache, folder)]
 
 
@@ -283,6 +284,17 @@ def _cache_at(folder: Path) -> Iterator[None]:
             del os.environ["SMOE_TRAIN_CACHE"]
         else:
             os.environ["SMOE_TRAIN_CACHE"] = before
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Leaves out what the product says of stores that it makes again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

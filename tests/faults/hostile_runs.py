@@ -70,7 +70,7 @@ def _pickles() -> Iterator[Artefact]:
         (Path("recipe.yaml"), (("train", "recipe.yaml"), ("validate", "recipe.yaml"))),
         (
             Path("corpus.txt"),
-            (*DATA, ("tokenizer", "train", "--input", "corpus.txt", "--type", "word", "--output", "t")),
+            (*DATA, ("tokenizer", "train", "--input", "corpus.txt", "--type", "word", "--output", "out/t")),
         ),
     ]
     for number, (path, commands) in enumerate(places):

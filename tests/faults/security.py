@@ -189,7 +189,7 @@ def _try(artefact: Artefact, place: Path, answer: Path) -> None:
     artefact.plant()
     _limit_memory()
     events: list[str] = []
-    allowed = [place / "work" / name for name in ("runs", "cache", "out", "tmp", "copy.yaml", "t")]
+    allowed = [place / "work" / name for name in ("runs", "cache", "out", "tmp", "copy.yaml")]
     sys.addaudithook(_Audit([str(path.resolve()) for path in allowed], str(place / "work"), events))
     complaints = []
     for command in artefact.commands:

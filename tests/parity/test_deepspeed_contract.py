@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from datetime import timedelta
+from pathlib import Path
 
 import deepspeed
 import deepspeed.ops
 import pytest
+import torch
 from deepspeed.moe import utils as moe_utils
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.utils import groups
 from packaging.specifiers import SpecifierSet
+from support.parallel_runs import recipe_for
+from support.ranks import run_ranks
+from torch.distributed import distributed_c10d
+
+from smoe_train import assembly
+from smoe_train.data import prepare
+from smoe_train.parallel.process import FOREVER
+from smoe_train.recipe import Recipe
 
 
 def test_the_version_is_in_the_tested_range() -> None:
@@ -53,3 +65,33 @@ def test_zero_links_optimizer_states_where_we_relink_them() -> None:
 
 def test_the_inference_operator_can_be_switched_off() -> None:
     assert isinstance(deepspeed.ops.__compatible_ops__, dict)
+
+
+def test_skipped_steps_are_logged_in_these_words() -> None:
+    """The trainer says more of them; the line is not shown."""
+    assert "OVERFLOW! Skipping step" in inspect.getsource(loss_scaler.LossScalerBase.update_scale)
+    assert deepspeed.utils.logging.logger.name == "DeepSpeed"
+
+
+def timeouts_of_groups(recipe: Recipe, folder: Path) -> tuple[int, set[timedelta]]:
+    """Trains and returns the number of groups and their timeouts; each has one backend, gloo, on a CPU."""
+    process = assembly.start_process(recipe)
+    assembly.build_trainer(recipe, process, folder).train()
+    groups = list(distributed_c10d._world.pg_map)
+    return len(groups), {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+@pytest.mark.parametrize(
+    ("hang_seconds", "expected"),
+    [(None, FOREVER), (1e8, FOREVER), (7200.0, timedelta(hours=4)), (600.0, timedelta(minutes=30))],
+)
+def test_all_process_groups_wait_as_long_as_the_recipe_says(
+    text: Path, tmp_path: Path, hang_seconds: float | None, expected: timedelta
+) -> None:
+    """`_set_pg_timeout` reaches the groups that DeepSpeed makes, and it makes none after its engine."""
+    training = {"micro_batch_size": 2, "hang_seconds": hang_seconds, "max_steps": 1}
+    recipe = recipe_for(text, 2, {"expert_parallel_size": 2}, training=training)
+    prepare(recipe.data, recipe.tokenizer)
+    for number, found in run_ranks(2, timeouts_of_groups, recipe, tmp_path):
+        assert number > 2
+        assert found == {expected}

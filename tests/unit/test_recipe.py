@@ -453,6 +453,12 @@ def test_a_contradiction_is_the_one_thing_reported(world_size, sections, key, te
     assert text in found[key]
 
 
+@pytest.mark.parametrize("router", ["adaptive", "sim_smoe"])
+def test_a_k_beyond_all_experts_is_a_problem_for_any_router(router):
+    found = problems(model={"moe": {"num_experts": 4, "top_k": 38, "router": {"type": router}}})
+    assert "k = 38 exceeds num_experts 4" in found["model.moe.top_k"]
+
+
 def test_a_curriculum_that_has_an_effect_is_accepted():
     first_and_last = {"first": 0.5, "last": 1.0, "start_step": 999}
     assert problems(curriculum={"loss_weights": {"load_balance_loss": {**first_and_last, "form": "exponential"}}}) == {}

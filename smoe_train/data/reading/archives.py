@@ -10,6 +10,7 @@ import fnmatch
 import gzip
 import io
 import lzma
+import os
 import stat
 import tarfile
 import zipfile
@@ -80,7 +81,7 @@ def inside(folder: Path, path: Path) -> Path:
     Raises:
         DataError: It is a link out of the folder.
     """
-    home, target = folder.resolve(), path.resolve()
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))  # `resolve` raises where links go round
     snapshots = next((parent for parent in [home, *home.parents] if parent.name == "snapshots"), None)
     homes = [home] if snapshots is None else [home, snapshots.parent / "blobs"]
     if not any(target.is_relative_to(one) for one in homes):

@@ -73,6 +73,7 @@ class TransformersTokenizer(TextTokenizer):
     def __init__(self, config: TransformersConfig, files: Mapping[str, bytes], name: str) -> None:
         self.config = config
         self._files = dict(files)
+        self._name = name
         self._tokenizer = _make(self._files, name)
         self._vocab_size = 1 + max(map(int, self._tokenizer.get_vocab().values()))
         self._separators = self._find_separators(name)
@@ -119,14 +120,17 @@ class TransformersTokenizer(TextTokenizer):
         """Returns the ids, special tokens neither added nor recognised."""
         if not texts:
             return []
-        encoded: list[list[int]] = self._tokenizer(
-            [well_formed(text) for text in texts],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # a text may be longer than what the tokenizer's own model takes
-        )["input_ids"]
+        try:
+            encoded: list[list[int]] = self._tokenizer(
+                [well_formed(text) for text in texts],
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # a text may be longer than what the tokenizer's own model takes
+            )["input_ids"]
+        except Exception as error:  # the library raises bare ones where its files contradict each other
+            raise DataError(f"{self._name}: cannot make tokens of a text: {error}; restore its files") from error
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -84,16 +84,26 @@ class JsonLines:
             self._waiting_bytes -= len(self._waiting.popleft())
             self._given_up += 1
 
-    def rewind(self, step: int) -> None:
-        """Drops the records of later steps: the run goes back behind them and writes them again."""
+    def rewind(self, step: int, validated: bool = True) -> None:
+        """Drops the records of later steps: the run goes back behind them and writes them again.
+
+        Args:
+            step: The last one to keep.
+            validated: Whether to keep its records of other splits than train, too.
+        """
+
+        def kept(line: bytes) -> bool:
+            record = decode(line)
+            return bool(record["step"] < step or (record["step"] == step and (validated or record["split"] == "train")))
+
         try:
             lines = self._durable_lines()
         except RunFailedError as error:
             logger.warning("%s; records of steps after %d may stand there twice", error, step)
             lines = []
-        first = next((n for n, line in enumerate(lines) if decode(line)["step"] > step), len(lines))
+        first = next((n for n, line in enumerate(lines) if not kept(line)), len(lines))
         self._durable_bytes -= sum(map(len, lines[first:]))  # cut off when the file is next written
-        again = [line for line in [*lines[first:], *self._waiting] if decode(line)["step"] <= step]
+        again = [line for line in [*lines[first:], *self._waiting] if kept(line)]
         self._waiting = deque(again)
         self._waiting_bytes = sum(map(len, again))
         if time.monotonic() >= self._retry_at:

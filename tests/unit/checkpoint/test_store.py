@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import smoe_train.checkpoint.manifest as manifest_module
 import smoe_train.checkpoint.store as store_module
 import smoe_train.checkpoint.writing as writing_module
+from smoe_train import durable
 from smoe_train.checkpoint.folders import MANIFEST, step_name
 from smoe_train.checkpoint.manifest import Checkpoint, sha256
 from smoe_train.checkpoint.store import CheckpointStore
@@ -89,14 +90,14 @@ def newest(folder):
 
 
 def test_what_was_saved_comes_back(tmp_path):
-    path = store_in(tmp_path / "deep" / "down").save(7, files(7), {"tokens": 3, "loss": 0.1, "none": None})
-    assert path == tmp_path / "deep" / "down" / "step-00000007"
+    path = store_in(tmp_path / "new").save(7, files(7), {"tokens": 3, "loss": 0.1, "none": None})
+    assert path == tmp_path / "new" / "step-00000007"
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     assert (checkpoint.step, checkpoint.state) == (7, {"tokens": 3, "loss": 0.1, "none": None})
     assert torch.equal(checkpoint.tensor("a/0"), torch.full((3,), 7.0))
     assert checkpoint.tensor("c/0").dtype == torch.bfloat16
-    assert names(tmp_path / "deep" / "down") == ["latest", "step-00000007"]
+    assert names(tmp_path / "new") == ["latest", "step-00000007"]
 
 
 def test_the_manifest_holds_sizes_and_sums(tmp_path):
@@ -594,3 +595,44 @@ def test_ranks_agree_on_what_to_resume_and_only_the_first_looks(tmp_path):
         thread.join(20)
     assert [checkpoint.step for checkpoint in found] == [10, 10]
     assert len(warnings) == 1
+
+
+def test_a_run_folder_that_is_gone_is_not_made_again(tmp_path):
+    """It may be a disk that is gone, and its place one on another disk."""
+    with pytest.raises(RunFailedError, match="No such file or directory"):
+        save(store_in(tmp_path / "gone" / "checkpoints"), 1)
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "NFS"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_step_that_is_saved_again_is_never_gone(tmp_path, monkeypatch, exchange, after):
+    """Also if it is the only checkpoint."""
+    if not exchange:
+        monkeypatch.setattr(durable, "_exchanged", lambda new, path: False)
+
+    def one_checkpoint(folder):
+        save(store_in(folder), 30)
+
+    for folder in crash_points(tmp_path, Crash(), after, one_checkpoint):
+        found, warnings = newest(folder)
+        assert found is not None
+        assert found.step == 30
+        assert warnings == []
+        found.verify()
+        save(store_in(folder), 40)
+        assert not [name for name in names(folder) if name.startswith(".")]
+
+
+def test_a_pointer_that_cannot_be_written_makes_no_checkpoint_a_failed_one(tmp_path):
+    store = store_in(tmp_path)
+    (tmp_path / "latest").mkdir(parents=True)
+    (tmp_path / "latest" / "in the way").touch()
+    (tmp_path / "best").mkdir()
+    store.begin(1, files(1), {}, best=True)
+    saved = store.settle()
+    assert saved.problem is None
+    assert "latest: could not be written" in saved.warning
+    (tmp_path / "best").rmdir()
+    save(store, 2)
+    assert store.find("best").name == "step-00000001", "the next save writes what could not be written"

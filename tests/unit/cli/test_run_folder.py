@@ -28,7 +28,7 @@ def run(tmp_path):
 def test_creating_writes_the_resolved_recipe_and_nothing_else(tmp_path):
     folder = tmp_path / "a" / "b"
     create(folder, load_recipe("demo"), keep_old=False)
-    assert [path.name for path in folder.iterdir()] == [RECIPE]
+    assert sorted(path.name for path in folder.iterdir()) == ["logs", RECIPE]
     assert load_recipe(str(folder / RECIPE)) == load_recipe("demo")
 
 
@@ -39,6 +39,14 @@ def test_an_existing_run_is_taken_up_and_its_recipe_kept(run):
     assert load_recipe(str(run / RECIPE)).training.max_steps == 600
     assert (run / "recipe.before-1.yaml").read_text() == before
     assert load_recipe(str(run / "recipe.before-2.yaml")).training.max_steps == 500
+
+
+def test_a_run_has_a_recipe_even_if_the_new_one_cannot_be_written(run):
+    before = (run / RECIPE).read_bytes()
+    (run / f".{RECIPE}.{os.getpid()}.tmp").mkdir()  # where the new one would be written
+    with pytest.raises(LaunchError, match="cannot be written"):
+        create(run, load_recipe("demo", ["training.max_steps=500"]), keep_old=True)
+    assert (run / RECIPE).read_bytes() == (run / "recipe.before-1.yaml").read_bytes() == before
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -31,8 +31,9 @@ def stop(number, _frame):
     write_worker_error(logs, rank, 75, f"stopped by {signal.Signals(number).name}")
     sys.exit(75)
 
-signal.signal(signal.SIGTERM, stop if mode != "deaf" else signal.SIG_IGN)
-signal.signal(signal.SIGINT, stop if mode != "deaf" else signal.SIG_IGN)
+answer = {"deaf": signal.SIG_IGN, "loading": signal.SIG_DFL}.get(mode, stop)
+signal.signal(signal.SIGTERM, answer)
+signal.signal(signal.SIGINT, answer)
 (logs / f"pid-{rank}.tmp").write_text(str(os.getpid()))
 (logs / f"pid-{rank}.tmp").rename(logs / f"pid-{rank}")
 if rank == 1 and mode in ("fail", "deaf-peer"):
@@ -196,6 +197,23 @@ def test_signals_reach_the_workers_and_75_comes_back(tmp_path, sent, seen):
     assert gone(pids)
 
 
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
+def test_workers_that_die_of_the_signal_that_was_sent_to_all_have_stopped(tmp_path, name):
+    job = Job(tmp_path, "fake", "loading", ranks=2)
+    pids = job.pids()
+    job.process.send_signal(signal.Signals[name])
+    for pid in pids:
+        os.kill(pid, signal.Signals[name])
+    assert job.end() == (75, f"stopped by {name} before the first step; the same command resumes the run\n")
+
+
+def test_workers_that_nothing_is_known_of_are_not_called_resumable(tmp_path):
+    job = Job(tmp_path, "fake", "loading")  # no heartbeats, as of `evaluate`
+    job.pids()
+    job.process.send_signal(signal.SIGINT)
+    assert job.end() == (130, "stopped by SIGINT\n")
+
+
 def test_a_second_signal_ends_workers_that_do_not_listen(tmp_path):
     job = Job(tmp_path, "fake", "deaf")
     pids = job.pids()
@@ -232,6 +250,15 @@ def test_torchrun_for_real(tmp_path):
     job.process.send_signal(signal.SIGINT)
     assert job.end() == (75, "stopped by SIGINT\n")
     assert gone(pids)
+
+
+def test_a_notice_to_every_process_does_not_end_the_launcher(tmp_path):
+    job = Job(tmp_path, "fake", "sleep")
+    pids = job.pids()
+    os.kill(psutil.Process(pids[0]).ppid(), signal.SIGUSR1)
+    time.sleep(0.3)
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end() == (75, "stopped by SIGTERM\n")
 
 
 def test_deepspeed_launcher_for_real(tmp_path):

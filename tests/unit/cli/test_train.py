@@ -1,12 +1,14 @@
 """``train`` in one process: what it checks before it writes, what it leaves, how it goes on."""
 
+import copy
 import json
 import shutil
 
 import pytest
 from support.command import smoe_train, write_recipe
 
-from smoe_train.checkpoint.manifest import Checkpoint
+from smoe_train.checkpoint.folders import MANIFEST
+from smoe_train.checkpoint.manifest import Checkpoint, WrittenFile, manifest_text
 from smoe_train.cli.run_folder import RECIPE, held, store_of
 from smoe_train.recipe import load_recipe
 from smoe_train.training.stop import StopRequest
@@ -204,13 +206,41 @@ def test_another_run_is_not_resumed_and_nothing_is_touched(finished, run, overri
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize(
+    ("lie", "named"),
+    [
+        (lambda state: state.pop("train"), "its state lacks train,"),
+        (lambda state: state.pop("score_key"), "its state lacks score_key,"),
+        (lambda state: state.pop("optimizer_steps"), "its state lacks optimizer_steps,"),
+        (lambda state: state["train"]["alarms"].update(non_finite=5), "state of the alarms is none"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused_with_a_message(finished, run, lie, named):
+    until(run, 4)
+    path = run / "checkpoints" / "step-00000004"
+    checkpoint = Checkpoint.open(path)
+    state = copy.deepcopy(checkpoint.state)
+    lie(state)
+    kinds = {name: [t for t, file in checkpoint.tensors.items() if file == name] for name in checkpoint.files}
+    digests = checkpoint.tensor_sha256
+    files = {
+        name: WrittenFile(*checkpoint.files[name], {tensor: digests[tensor] for tensor in held})
+        for name, held in kinds.items()
+    }
+    (path / MANIFEST).write_text(manifest_text(4, state, files))
+    found = train(finished / "tiny.yaml", run.parent, "--resume", path)
+    assert found.code == 2, found.err
+    assert named in found.err
+    assert "Traceback" not in found.err
+
+
 def test_rewinding_sets_the_abandoned_future_aside(finished, run):
     """After a return to step 2, `--resume auto` must not jump to a later step of the abandoned timeline."""
     found = train(
         finished / "tiny.yaml", run.parent, "--resume", run / "checkpoints" / "step-00000002", "training.max_steps=3"
     )
     assert found.code == 0, found.err
-    assert "step-00000008 is later than the checkpoint to resume from" in found.err
+    assert "step-00000008 does not lead to where this run goes on from" in found.err
     assert "changed since the run was started: training.max_steps: 8 -> 3" in found.err
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert names == ["step-00000002", "step-00000003"]

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from smoe_train.errors import CheckpointError
 from smoe_train.training.alarms import Alarms, robust_spread
 from smoe_train.training.health_config import (
     HealthConfig,
@@ -267,3 +268,29 @@ def test_state_of_a_checkpoint_without_alarms_is_a_beginning():
     alarms.judge(losses([2.0] * 20), [])
     alarms.restore({})
     assert alarms.to_json() == spike_alarms().to_json()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"non_finite": 5},
+        {"losses": ["a"] * 16},
+        {"losses": [math.nan]},
+        {"spike": [1]},
+        {"layers": []},
+        {"layers": {"first": {}}},
+        {"layers": {"0": {"idle_after": ["a"]}}},
+        {"rollbacks": {"loss_spike": [1]}},
+        {"rollbacks": {"earthquake": [1, 2]}},
+    ],
+    ids=json.dumps,
+)
+def test_a_state_that_was_never_written_is_refused(state):
+    with pytest.raises(CheckpointError, match="state of the alarms is none"):
+        spike_alarms().restore(state)
+
+
+def test_what_is_remembered_of_another_number_of_experts_is_forgotten():
+    alarms = collapse_alarms()
+    alarms.restore({"layers": {"0": {"idle_after": [0, 0, 0]}}})
+    assert alarms.judge(*window(40, EVEN)) == []

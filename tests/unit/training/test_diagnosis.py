@@ -1,8 +1,10 @@
 """The search for what first was not finite: it names the place and leaves nothing behind."""
 
 import copy
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.small_model import small_model, text
@@ -193,3 +195,18 @@ def test_the_earliest_finding_of_all_ranks_is_the_one_told():
     assert describe([None, backward]).startswith("first on rank 1, the gradient of c, in the backward pass")
     assert describe([backward, later]).startswith("first on rank 1, the output of b")
     assert "finite on all ranks" in describe([None, None])
+
+
+def test_all_generators_are_put_back(model):
+    def losses():
+        for loss in losses_of(model)():
+            random.random()
+            np.random.random()  # noqa: NPY002
+            torch.rand(1)
+            yield loss
+
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    assert find_non_finite(model, losses) is None
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])

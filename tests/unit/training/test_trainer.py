@@ -3,12 +3,14 @@
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from support.tiny import tiny_recipe
 
 from smoe_train.assembly import build_trainer, open_journal
+from smoe_train.checkpoint import writing
 from smoe_train.checkpoint.manifest import Checkpoint
 from smoe_train.config import merge
 from smoe_train.errors import RunFailedError, RunStoppedError
@@ -199,6 +201,7 @@ def test_a_validation_is_broken_off_by_a_request_and_made_up_for(whole, text, tm
     train(again)
     for split in ("train", "valid"):
         assert records(tmp_path, split) == records(whole[0], split)
+        assert records(tmp_path, split, "routing.jsonl") == records(whole[0], split, "routing.jsonl")
     assert again.state == whole[1].state
     assert Checkpoint.open(again.store.find("best")).step == again.state.best_step
 
@@ -380,3 +383,21 @@ def test_a_worse_validation_is_not_the_best(text, tmp_path):
     train(trainer)
     assert (trainer.state.best_cost, trainer.state.best_step) == (0.0, 99)
     assert not (tmp_path / "checkpoints" / "best").exists()
+
+
+def test_a_best_checkpoint_that_fails_leaves_the_one_before_the_best(text, tmp_path, monkeypatch):
+    costs = iter([3.0, 2.0, 1.5, 2.95])
+    trainer = start(recipe_of(text, training={"max_steps": 8}, evaluation={"every_steps": 2}), tmp_path)
+    validate = trainer.task.validate
+    trainer.task.validate = lambda knobs: [replace(one, cost=next(costs)) for one in validate(knobs)]
+    write = writing.save_file
+
+    def full(tensors, path):
+        if "step-00000006" in str(path):
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(writing, "save_file", full)
+    state = train(trainer)
+    assert (state.best_cost, state.best_step) == (2.0, 4)
+    assert trainer.store.find("best").name == "step-00000004"
