@@ -48,6 +48,20 @@ class StrictModel(BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @model_validator(mode="after")
+    def _paths_can_be(self) -> Self:
+        for name, value in self.__dict__.items():
+            if isinstance(value, Path):
+                try:
+                    os.fsencode(value.expanduser()).index(0)
+                except RuntimeError:
+                    raise ValueError(f"{name}: there is no user of that name: {str(value)!r}") from None
+                except ValueError as error:
+                    if "not found" in str(error):
+                        continue  # as it should be: there is no NUL
+                raise ValueError(f"{name}: no path can be {str(value)!r}")
+        return self
+
 
 @dataclass(frozen=True)
 class Layered:

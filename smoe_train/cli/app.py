@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import sys
@@ -321,7 +322,8 @@ def main() -> None:
     """Run the command line; what a user can cause ends with one message and its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for names and texts that the terminal cannot show
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                stream.reconfigure(errors="backslashreplace")  # for names and texts that the terminal cannot show
     try:
         app()
     except SmoeError as error:

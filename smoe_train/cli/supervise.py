@@ -237,6 +237,8 @@ class _Watch:
         if status == 0:
             return Ended(0)
         killed_by = 0 if status is None else -status if status < 0 else status - 128
+        if any(one.hung for one in errors) and all(one.stopped or one.hung or one.lost_peer for one in errors):
+            return self._hung()
         failures = [one for one in errors if not one.stopped and not one.lost_peer]
         # A scheduler may signal workers too, before they listen.
         asked = {signal.SIGINT, signal.SIGTERM, *self._received} if self._received else set()

@@ -180,7 +180,7 @@ class Watchdog:
             faulthandler.dump_traceback(sys.__stderr__ or self._stacks, all_threads=True)
         with contextlib.suppress(OSError):
             self._leave_word(RunStoppedError.exit_code, f"no progress for {quiet:.0f} s {where}; {ADVICE}")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not self._alone or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a parent, or peers, look at it
             time.sleep(LINGER_SECONDS)
         os._exit(RunStoppedError.exit_code)
 

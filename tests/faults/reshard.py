@@ -335,6 +335,7 @@ def _work(jobs: list[tuple[Recipe, Path | None]], run_folder: Path, last: int | 
         course, held = Course(), []
         # Checkpoints of several jobs have no place in one folder.
         folder = run_folder if len(jobs) == 1 else run_folder / str(len(done))
+        folder.mkdir(parents=True, exist_ok=True)
         trainer = assembly.build_trainer(recipe, process, folder, resumes=source is not None)
         if source is not None:
             checkpoint = Checkpoint.open(source)

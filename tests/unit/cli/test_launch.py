@@ -142,7 +142,13 @@ def test_worker_environment_shares_out_the_cores(monkeypatch):
 
 
 def test_worker_environment_keeps_what_the_user_has_set():
-    base = {"OMP_NUM_THREADS": "5", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "TOKENIZERS_PARALLELISM": "true", "A": "b"}
+    base = {
+        "OMP_NUM_THREADS": "5",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7",
+        "TOKENIZERS_PARALLELISM": "true",
+        "GLOO_SOCKET_IFNAME": "eth7",
+        "A": "b",
+    }
     assert worker_environment(2, base) == base
 
 

@@ -151,6 +151,7 @@ def test_experts_that_do_not_change_are_named(model):
 
 def start(text, tmp_path, **training):
     recipe = tiny_recipe(text, 1, parallel={"engine": "local"}, training=training)
+    tmp_path.mkdir(exist_ok=True)
     return assembly.build_trainer(recipe, assembly.start_process(recipe), tmp_path)
 
 
