@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -20,7 +21,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from smoe_train.bounded import read_bounded
@@ -49,18 +50,25 @@ class StrictModel(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _paths_can_be(self) -> Self:
+    def _paths_can_be(self) -> StrictModel:
         for name, value in self.__dict__.items():
-            if isinstance(value, Path):
-                try:
-                    os.fsencode(value.expanduser()).index(0)
-                except RuntimeError:
-                    raise ValueError(f"{name}: there is no user of that name: {str(value)!r}") from None
-                except ValueError as error:
-                    if "not found" in str(error):
-                        continue  # as it should be: there is no NUL
-                raise ValueError(f"{name}: no path can be {str(value)!r}")
+            if isinstance(value, Path) and (problem := path_problem(value)) is not None:
+                raise ValueError(f"{name}: {str(value)!r} {problem}")
         return self
+
+
+def path_problem(path: Path) -> str | None:
+    """Returns why no file can have a path, or None."""
+    if "\0" in str(path):
+        return "holds a NUL character, which no path can"
+    try:
+        os.fsencode(path)
+        path.expanduser()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, which no path can"
+    except RuntimeError:
+        return "begins with the name of a user that there is not"
+    return None
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,11 @@ def build(model: type[Model], layered: Layered) -> tuple[Model | None, list[Prob
     values = _integral_floats(layered.values)
     problems: list[Problem] = []
     dropped: set[str] = set()
+    for keys in [*_too_large(values, ())]:
+        key = ".".join(keys)
+        problems.append(Problem(layered.where(key), key, "is larger than any number of a run (2^63 - 1)"))
+        dropped.add(key)
+        values = _without(values, keys)
     for _ in range(MAX_EXTENDS):
         try:
             return model.model_validate_json(json.dumps(values)), problems, frozenset(dropped)
@@ -309,6 +322,14 @@ def _integral_floats(value: Any) -> Any:
     if isinstance(value, list):
         return [_integral_floats(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _too_large(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _too_large(item, (*keys, key))
+    elif isinstance(value, int) and abs(value) >= 1 << 63:
+        yield keys
 
 
 def _without(values: Tree, keys: Sequence[str]) -> Tree:

@@ -7,6 +7,7 @@ elsewhere (`tokenizers`, `token_store`, `example_store`).
 from __future__ import annotations
 
 import hashlib
+import lzma
 import stat
 import zlib
 from abc import ABC, abstractmethod
@@ -269,7 +270,7 @@ def reading(file: StoredFile) -> Iterator[IO[bytes]]:
     try:
         with file.open() as stream:
             yield stream
-    except (OSError, EOFError, zlib.error, BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile, NotImplementedError) as error:
         raise DataError(f"{file.name}: cannot be read: {error}") from error
 
 

@@ -107,7 +107,7 @@ def find_recipe(name_or_path: str, to_extend: bool = False) -> Path:
     Raises:
         RecipeError: There is no such file and no such name.
     """
-    path = Path(os.path.expanduser(name_or_path))
+    path = Path(_expanded(name_or_path))
     exists = _is_file(path)
     if path.suffix in (".yaml", ".yml") or exists:
         if exists:
@@ -121,13 +121,17 @@ def find_recipe(name_or_path: str, to_extend: bool = False) -> Path:
 
 
 def _resolve_parent(name: str, folder: Path) -> Path:
-    beside = folder / os.path.expanduser(name)
+    beside = folder / _expanded(name)
     if beside.suffix in (".yaml", ".yml"):
         if not _is_file(beside):
             raise RecipeError([Problem(name, "", f"there is no such file in {folder}")])
         return beside.resolve()
     shipped = recipe_folder() / f"{name}.yaml"
     return shipped if _is_file(shipped) else find_recipe(name, to_extend=True)
+
+
+def _expanded(name: str) -> str:
+    return name if "\0" in name else os.path.expanduser(name)
 
 
 def _is_file(path: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from smoe_train.bounded import read_json
 from smoe_train.checkpoint.folders import CHECKPOINTS, MANIFEST, find_checkpoint
-from smoe_train.config import read_values
+from smoe_train.config import path_problem, read_values
 from smoe_train.errors import CheckpointError, RecipeError
 from smoe_train.model.config import section_of
 from smoe_train.routing import ROUTERS
@@ -91,6 +91,8 @@ def find_pretrained(path: Path, which: str) -> Pretrained:
     Raises:
         CheckpointError: There is nothing of the kind, or it cannot be read.
     """
+    if (problem := path_problem(path)) is not None:
+        raise CheckpointError(f"{path}: {problem}; correct the path")
     path = path.expanduser()
     if (path / MANIFEST).is_file():
         tokenizer_of(path)

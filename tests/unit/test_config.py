@@ -1,5 +1,6 @@
 """Layers of YAML and overrides: what is read, what is refused, and that every mistake is named with its place."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -425,3 +426,22 @@ def test_merging_what_is_there_changes_nothing(base, top):
     assert merge(base, {}) == base
     assert merge({}, top) == top
     assert merged.keys() == base.keys() | top.keys()
+
+
+class Placed(StrictModel):
+    path: Path
+
+
+@pytest.mark.parametrize("path", ["a\0b", "~a-user-that-there-is-not/x", "~\0"])
+def test_a_path_that_no_file_can_have_is_a_problem(path):
+    model, problems, _ = build(Placed, Layered({"path": path}))
+    assert model is None
+    assert "path: " in problems[0].message
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), 1e300])
+def test_a_number_beyond_all_measure_is_a_problem_at_its_key(value):
+    model, problems, dropped = build(Outer, Layered({"version": 1, "inner": {"count": value}}))
+    assert model is not None
+    assert [problem.key for problem in problems] == ["inner.count"]
+    assert dropped == {"inner.count"}

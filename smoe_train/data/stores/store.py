@@ -123,18 +123,17 @@ def find_or_build(
         DataError: The data cannot be had or not be tokenized, or the cache cannot be written.
     """
 
-    def intact(folder: Path) -> bool:
+    def intact(folder: Path, fingerprint: str) -> bool:
         try:
-            open_store(folder)
+            return open_store(folder).record.corpus == fingerprint
         except DataError:
             return False
-        return True
 
     before = take_stamp(source, cache)
     known = recall(before, cache)
     if known is not None:
         ready = tokenizer if isinstance(tokenizer, Tokenizer) else ready_tokenizer(tokenizer, known, cache)
-        if ready is not None and intact(folder := folder_of(known, ready)):
+        if ready is not None and intact(folder := folder_of(known, ready), known):
             return open_store(folder)
     corpus = load()
     if isinstance(tokenizer, TokenizerConfig):
@@ -142,6 +141,6 @@ def find_or_build(
         tokenizer = build_tokenizer(tokenizer, text)
     made = tokenizer
     folder = folder_of(corpus.fingerprint, made)
-    build_once(folder, lambda empty: write(empty, corpus, made), intact)
+    build_once(folder, lambda empty: write(empty, corpus, made), lambda found: intact(found, corpus.fingerprint))
     remember(before, take_stamp(source, cache), corpus.fingerprint, cache)
     return open_store(folder)
