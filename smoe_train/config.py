@@ -71,6 +71,9 @@ def path_problem(path: Path) -> str | None:
     return None
 
 
+LARGEST = 1 << 63  # no whole number of a run needs more bits; floats may be larger
+
+
 @dataclass(frozen=True)
 class Layered:
     """A merged configuration that remembers where each value came from.
@@ -321,14 +324,14 @@ def _integral_floats(value: Any) -> Any:
         return {str(key): _integral_floats(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_integral_floats(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST else value
 
 
 def _too_large(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _too_large(item, (*keys, key))
-    elif isinstance(value, int) and abs(value) >= 1 << 63:
+    elif isinstance(value, int) and abs(value) >= LARGEST:
         yield keys
 
 
