@@ -91,7 +91,6 @@ def _records(no_trace: str) -> list[Fault]:
         Fault("a folder in its place for a while", _folder_in_place, warnings=2),
         Fault("a folder in its place to the end", _folder_to_the_end, keeps_record=False, warnings=4),
         Fault("the run folder is gone for a while", _away, warnings=3),
-        Fault("a device without room", _device_without_room, keeps_record=False, warnings=4),
         Fault("EIO at writes", **traced, injections=("write:error=EIO:when=3..9",)),
         Fault("EROFS at writes", **traced, injections=("write:error=EROFS:when=3..9",)),
         Fault("EDQUOT at writes", **traced, injections=("write:error=EDQUOT:when=3..9",)),
@@ -150,11 +149,6 @@ def _away(run_folder: Path) -> Events:
         time.sleep(0.1)
 
     return {BREAK: lambda: run_folder.rename(away), MEND: put_back}
-
-
-def _device_without_room(run_folder: Path) -> None:
-    for name in RECORDS:
-        (run_folder / name).symlink_to("/dev/full")
 
 
 # Trackers
@@ -383,15 +377,9 @@ def _console_paused(run_folder: Path) -> Events:
 def _logs() -> list[Fault]:
     return [
         Fault("the folder of logs is removed", _logs_removed, warnings=0),
-        Fault("a log without room", _log_without_room),
         Fault("the folder of the report is a file", _file_at("report"), draws_report=True),
     ]
 
 
 def _logs_removed(run_folder: Path) -> Events:
     return {BREAK: lambda: shutil.rmtree(run_folder / LOGS)}
-
-
-def _log_without_room(run_folder: Path) -> None:
-    (run_folder / LOGS).mkdir()
-    (run_folder / LOGS / "rank-0.log").symlink_to("/dev/full")
