@@ -7,6 +7,7 @@ replaced, not merged, when a later layer changes the tag: options of one router 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from smoe_train.registry import suggest
 TAGS = ("type", "source")
 MAX_EXTENDS = 16
 COMMAND_LINE = "command line"
+MAX_PATH_BYTES = 3500  # systems take 4095, and names of files come behind it
 MAX_FILE_BYTES = 128 << 10  # a hundred times what a recipe has; reading YAML takes seconds beyond
 
 # An even number of backslashes before it, or none. OmegaConf would replace it: by the environment, whose secrets a
@@ -62,13 +64,16 @@ def path_problem(path: Path) -> str | None:
     if "\0" in str(path):
         return "holds a NUL character, which no path can"
     try:
-        os.fsencode(path)
-        path.expanduser()
+        size = len(os.fsencode(path))
+        os.lstat(path.expanduser())
     except UnicodeEncodeError:
         return "holds half a surrogate pair, which no path can"
     except RuntimeError:
         return "begins with the name of a user that there is not"
-    return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return "is too long for a path"
+    return "is too long for a path" if size > MAX_PATH_BYTES else None
 
 
 LARGEST = 1 << 63  # no whole number of a run needs more bits; floats may be larger

@@ -21,9 +21,9 @@ class HyperRouterConfig(SoftmaxTopKConfig):
     """Options of HyperRouter."""
 
     type: Literal["hyper_router"] = "hyper_router"
-    hyper_hidden: int = Field(256, ge=1)
+    hyper_hidden: int = Field(256, ge=1, le=1 << 20)
     """Hidden width of the hypernetwork (256 in the released code, whatever its scripts say)."""
-    hyper_dim: int | None = Field(None, ge=1)
+    hyper_dim: int | None = Field(None, ge=1, le=1 << 20)
     """Width of the trained embedding; d_model if not given, as in the released code."""
     hypernet_scope: Literal["layer", "model"] = "layer"
     """One hypernetwork for each MoE layer (the released code), or one that all layers share."""

@@ -68,7 +68,7 @@ class SimSmoeConfig(OverBaseConfig):
     projection: Literal["none", "linear", "mlp"] = "linear"
     """Head between an expert's output and the CKA, one a layer for all experts: none, one matrix (the released code) or
     one hidden layer (the paper)."""
-    projection_dim: int | None = Field(None, ge=1)
+    projection_dim: int | None = Field(None, ge=1, le=1 << 20)
     """Width of the head's output, and of its hidden layer; the number of experts if not given."""
     max_pairs: int = Field(4, ge=1)
     """Most pairs that a layer checks in one step, those with the most shared tokens first."""

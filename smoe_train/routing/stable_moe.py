@@ -37,7 +37,7 @@ class StableMoeConfig(RouterConfig):
     distilled: DistilledKind = "word"
     """What the distilled router sees: the token (``word``), the mean of the token and the one before (``bigram``), or
     the last five tokens (``convolution``). With a tokenizer of bytes, ``word`` is a table of 256 rows."""
-    distilled_dim: int = Field(50, ge=1)
+    distilled_dim: int = Field(50, ge=1, le=1 << 20)
     """Width of the distilled router's embedding."""
     init_gain: float = Field(0.1, gt=0.0)
     """Length of the initial expert centroids, which are orthogonal."""

@@ -39,7 +39,7 @@ class XMoeConfig(SoftmaxTopKConfig):
     and has a gradient at k = 1; ``after_top_k`` to compare with a top_k router at equal rule (k >= 2)."""
     weights_from: Literal["softmax", "sigmoid"] = "softmax"
     """What weighs a selected expert: the softmax of s / tau, or its own sigmoid(s / tau); the paper has both."""
-    projection_dim: int | None = Field(None, ge=2)
+    projection_dim: int | None = Field(None, ge=2, le=1 << 20)
     """Width of the space that tokens and experts are compared in; half the number of experts (at least 2) if not
     given, as in the paper."""
     temperature_init: float = Field(0.07, gt=LOWEST_TEMPERATURE)

@@ -38,9 +38,9 @@ class TopKScheduleConfig(StrictModel):
     form: TopKForm = "linear_increase"
     """Shape of the change; ``*_increase`` goes from ``low`` to ``high``, ``*_decrease`` from ``high`` to ``low``. As in
     the released code, ``exponential`` stops 5 % short of its goal, and ``multi_step`` goes through 1, 2, 4, 8, 16."""
-    low: int = Field(ge=1)
+    low: int = Field(ge=1, le=4096)
     """Fewest experts a token."""
-    high: int = Field(ge=1)
+    high: int = Field(ge=1, le=4096)
     """Most experts a token."""
     steps: int | None = Field(None, ge=1)
     """Steps that the change takes; training.max_steps if not given. Afterwards the last value stays."""

@@ -6,12 +6,11 @@ import contextlib
 import logging
 import os
 import random
-import resource
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from faults.judged_command import Ended, ended, smoe_train
+from faults.judged_command import Ended, ended, limited_memory, smoe_train
 from faults.sample_data import Sample, samples
 from faults.scenario import Outcome, Scale
 
@@ -29,7 +28,7 @@ MORE_MEMORY_BYTES = 1 << 30
 def run(scale: Scale, folder: Path) -> list[Outcome]:
     """Damages data sets of every source and form, and what the cache holds of them."""
     in_cache = int(TRIES[scale] * CACHE_SHARE)
-    with _limited_memory(), _no_warnings():
+    with limited_memory(MORE_MEMORY_BYTES), _no_warnings():
         return [_damaged_sources(TRIES[scale] - in_cache, folder), _damaged_caches(in_cache, folder)]
 
 
@@ -295,17 +294,3 @@ def _no_warnings() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-@contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Lets this process have a gigabyte more than it has now; a file that asks for more ends in a MemoryError."""
-    import psutil
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now: int = psutil.Process().memory_info().vms
-    resource.setrlimit(resource.RLIMIT_AS, (now + MORE_MEMORY_BYTES, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

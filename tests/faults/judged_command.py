@@ -6,12 +6,15 @@ import contextlib
 import io
 import logging
 import re
+import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+
+import psutil
 
 from smoe_train.cli.app import main
 from smoe_train.errors import SmoeError
@@ -128,3 +131,15 @@ def _undone() -> Iterator[None]:
             logger.removeHandler(handler)
             handler.close()
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def limited_memory(more_bytes: int) -> Iterator[None]:
+    """Lets this process have so much more memory than it has now; who asks for more gets a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now: int = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from faults.judged_command import Ended, ended, smoe_train
+from faults.judged_command import Ended, ended, limited_memory, smoe_train
 from faults.scenario import Outcome, Scale
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ FILE_EVERY = 5
 TWICE_EVERY = 20
 COMMAND_EVERY = 50
 SECONDS = 5.0
+MORE_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def run(scale: Scale, folder: Path) -> list[Outcome]:
     os.chdir(folder)
     ask(Attempt())  # which imports torch and transformers
     try:
-        found = [_try(kind, number, attempts, int(TRIES[scale] * share)) for kind, number, attempts, share in kinds]
-        return [*found, _try_special_files()]
+        with limited_memory(MORE_MEMORY_BYTES):
+            found = [_try(kind, number, attempts, int(TRIES[scale] * share)) for kind, number, attempts, share in kinds]
+            return [*found, _try_special_files()]
     finally:
         os.chdir(before)
 

@@ -432,7 +432,7 @@ class Placed(StrictModel):
     path: Path
 
 
-@pytest.mark.parametrize("path", ["a\0b", "~a-user-that-there-is-not/x", "~\0"])
+@pytest.mark.parametrize("path", ["a\0b", "~a-user-that-there-is-not/x", "~\0", "x" * 300, "x/" * 2000])
 def test_a_path_that_no_file_can_have_is_a_problem(path):
     model, problems, _ = build(Placed, Layered({"path": path}))
     assert model is None
