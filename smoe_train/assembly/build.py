@@ -41,6 +41,7 @@ from smoe_train.model import (
     SmoePreTrainedModel,
 )
 from smoe_train.model.expert_bank import BankFactory
+from smoe_train.model.performance import apply_performance
 from smoe_train.parallel.topology import Topology
 from smoe_train.recipe import TOKENIZER, Pretrained, Recipe, find_pretrained, initial_checks
 from smoe_train.reporting import Journal
@@ -236,6 +237,7 @@ def build_trainer(
     model.freeze(recipe.initialise.freeze)
     model.model.ranks = RankReduction(process.sum, process.world_size)
     model.recompute_activations(training.activation_checkpointing)
+    notes = apply_performance(model, recipe.performance, process.device.type)
     engine = build_engine(recipe, model, process)
     stop = stop or StopRequest()
     checkpoints = CheckpointStore(run_folder / CHECKPOINTS, process, recipe.checkpoint.keep_last)
@@ -270,6 +272,7 @@ def build_trainer(
         sample_order=build_sample_order(recipe, batches.train, sorted(model.routers()), process),
         stop=stop,
     )
+    trainer.notes = notes
     trainer.saver.note, trainer.saver.best_ended = trainer.note, trainer.best_ended
     return trainer
 

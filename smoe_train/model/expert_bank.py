@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.parallel.contest import Choose, Contested, Respond, contest_here
-from smoe_train.parallel.dispatch_plan import DispatchPlan, plan_dispatch, row_multiple, run_planned
+from smoe_train.parallel.dispatch_plan import DispatchPlan, plan_dispatch, row_multiple
 
 MakeExperts = Callable[[range], StackedExperts]
 
@@ -75,7 +75,8 @@ class LocalExpertBank(nn.Module):
 
     def run(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots."""
-        return run_planned(self.experts, x_TD, plan)
+        y_TKD: Tensor = self.experts(x_TD, plan)
+        return y_TKD
 
     def compete(
         self, x_TD: Tensor, respond: Respond, choose: Choose, chunk_tokens: int | None, recompute: bool

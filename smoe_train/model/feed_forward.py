@@ -1,6 +1,6 @@
 """Feed-forward networks: one dense, and many experts stacked into 3-D weights that one grouped product serves.
 
-Shape suffixes: R rows sorted by expert, D d_model, F d_ff, E stacked experts.
+Shape suffixes: T tokens, K slots a token, R rows sorted by expert, D d_model, F d_ff, E stacked experts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoe_train import kernels
 from smoe_train.model.initialise import Draw, set_values
+from smoe_train.parallel.dispatch_plan import DispatchPlan, to_expert_order, to_slot_order
 
 FeedForwardKind = Literal["relu", "gelu", "swiglu"]
 
@@ -45,6 +47,8 @@ class FeedForward(nn.Module):
 class StackedExperts(nn.Module):
     """Some of a layer's experts, their weights stacked along the first dimension.
 
+    With ``fused`` set, and the operator of `smoe_train.kernels` loaded, that computes what it supports.
+
     Args:
         expert_ids: Global ids of the experts held here, in order; the key of their initial values.
         d_model: D.
@@ -61,6 +65,7 @@ class StackedExperts(nn.Module):
         super().__init__()
         self.expert_ids = expert_ids
         self.kind = kind
+        self.fused = False
         self._std = {"w_in": init_std, "w_gate": init_std, "w_out": output_std}
         num = len(expert_ids)
         self.w_in = nn.Parameter(torch.empty(num, d_model, d_ff))
@@ -81,13 +86,21 @@ class StackedExperts(nn.Module):
             values = [draw.normal(f"{name}/{expert}", shape, self._std[name]) for expert in self.expert_ids]
             set_values(parameter, torch.stack(values))
 
-    def forward(self, x_RD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
-        """Runs each expert on its rows.
+    def forward(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        """Returns the uncombined outputs [T, K, D] of the planned experts on each token, zero in empty slots.
 
         Args:
-            x_RD: Rows sorted by expert.
-            rows_per_expert_E: int64 rows of each expert; they sum to R.
+            x_TD: Tokens.
+            plan: Where each slot's token goes among the rows sorted by expert.
         """
+        if self.fused and kernels.supports(x_TD, self.w_in):
+            biased = (self.w_in, self.b_in, self.w_out, self.b_out) if self.kind != "swiglu" else ()
+            weights = biased or (self.w_gate, self.w_in, self.w_out)
+            return kernels.run_experts(x_TD, plan.row_of_slot_TK, plan.rows_per_expert_E, self.kind, *weights)
+        return to_slot_order(self._run_rows(to_expert_order(x_TD, plan), plan.rows_to_run()), plan)
+
+    def _run_rows(self, x_RD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+        """Runs each expert on its rows, which are sorted by expert; int64 rows of each expert sum to R."""
         ends_E = torch.cumsum(rows_per_expert_E, 0)
         if self.kind == "swiglu":
             gate_RF = grouped_product(x_RD, self.w_gate, ends_E)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoe_train.parallel.dispatch_plan import Experts
+from smoe_train.parallel.dispatch_plan import Experts, plan_everyone
 
 Respond = Callable[[Tensor], Tensor]
 Choose = Callable[[Tensor, slice], Tensor]
@@ -62,20 +62,16 @@ def in_chunks(
 
 
 def run_all(experts: Experts, num_experts: int, x_TD: Tensor) -> Tensor:
-    """Returns the outputs [E, T, D] of every expert on every token."""
-    num_tokens, width = x_TD.shape
-    rows_E = torch.full((num_experts,), num_tokens, dtype=torch.int64, device=x_TD.device)
-    # A single token would stay an expanded view, which grouped products refuse.
-    x_RD = x_TD.expand(num_experts, num_tokens, width).reshape(-1, width).contiguous()
-    return experts(x_RD, rows_E).view(num_experts, num_tokens, width)
+    """Returns the outputs [T, E, D] of every expert on every token."""
+    return experts(x_TD, plan_everyone(x_TD.shape[0], num_experts, x_TD.device))
 
 
-def winners_outputs(y_ETD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+def winners_outputs(y_TED: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """Returns the outputs [T, K, D] of the experts that are named, zero in empty slots."""
-    num_tokens = y_ETD.shape[1]
-    token_T1 = torch.arange(num_tokens, device=y_ETD.device).unsqueeze(1)
-    row_TK = expert_ids_TK.clamp(min=0) * num_tokens + token_T1
-    y_TKD = y_ETD.flatten(0, 1).index_select(0, row_TK.flatten()).view(*row_TK.shape, y_ETD.shape[2])
+    num_tokens, num_experts, width = y_TED.shape
+    token_T1 = torch.arange(num_tokens, device=y_TED.device).unsqueeze(1)
+    row_TK = token_T1 * num_experts + expert_ids_TK.clamp(min=0)
+    y_TKD = y_TED.flatten(0, 1).index_select(0, row_TK.flatten()).view(*row_TK.shape, width)
     zero = torch.zeros((), dtype=y_TKD.dtype, device=y_TKD.device)
     return torch.where((expert_ids_TK >= 0).unsqueeze(-1), y_TKD, zero)
 
@@ -92,7 +88,7 @@ def contest_here(
     """Lets experts that are all in this process compete.
 
     Args:
-        experts: See `smoe_train.parallel.dispatch_plan.run_planned`.
+        experts: Runs them as planned.
         num_experts: E.
         x_TD: Tokens.
         respond: Expert outputs [R, D] to responses [R].
@@ -102,9 +98,9 @@ def contest_here(
     """
 
     def run(x_tD: Tensor, part: slice, once: Once[Tensor]) -> Contested:
-        y_EtD = run_all(experts, num_experts, x_tD)
-        responses_tE = respond(y_EtD.flatten(0, 1)).view(y_EtD.shape[:2]).t()
+        y_tED = run_all(experts, num_experts, x_tD)
+        responses_tE = respond(y_tED.flatten(0, 1)).view(y_tED.shape[:2])
         expert_ids_tK = once(lambda: choose(responses_tE.detach(), part))
-        return responses_tE, expert_ids_tK, winners_outputs(y_EtD, expert_ids_tK)
+        return responses_tE, expert_ids_tK, winners_outputs(y_tED, expert_ids_tK)
 
     return in_chunks(run, x_TD, chunk_tokens, recompute)

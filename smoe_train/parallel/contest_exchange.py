@@ -52,7 +52,7 @@ class ReturnPlan:
         home: Order of this rank's slots by the rank that holds the winner.
         send_rows: Rows for each rank of the group.
         receive_rows: Rows from each rank of the group.
-        rows_to_send: int64, which of this rank's L * U output rows they are, in order.
+        rows_to_send: int64, which of this rank's U * L output rows they are, in order.
     """
 
     expert_ids_tK: Tensor
@@ -109,10 +109,10 @@ def contest_across(
 
     def run(x_tD: Tensor, part: slice, once: Once[ReturnPlan]) -> Contested:
         x_UD: Tensor = _AllGather.apply(x_tD, place)  # type: ignore[no-untyped-call]
-        y_LUD = run_all(experts, place.experts_per_rank, x_UD)
-        responses_tE = _responses_home(respond(y_LUD.flatten(0, 1)).view(y_LUD.shape[:2]), place)
+        y_ULD = run_all(experts, place.experts_per_rank, x_UD)
+        responses_tE = _responses_home(respond(y_ULD.flatten(0, 1)).view(y_ULD.shape[:2]), place)
         plan = once(lambda: _plan_return(choose(responses_tE.detach(), part), place))
-        rows = y_LUD.flatten(0, 1).index_select(0, plan.rows_to_send)
+        rows = y_ULD.flatten(0, 1).index_select(0, plan.rows_to_send)
         returned = all_to_all(rows, plan.send_rows, plan.receive_rows, place.group)
         return responses_tE, plan.expert_ids_tK, returned_to_slot_order(returned, plan.home)
 
@@ -125,11 +125,11 @@ def _gather(rows: Tensor, place: Place) -> Tensor:
     return gathered
 
 
-def _responses_home(responses_LU: Tensor, place: Place) -> Tensor:
+def _responses_home(responses_UL: Tensor, place: Place) -> Tensor:
     """Sends the responses of this rank's experts to the tokens' home ranks; returns those of all experts [t, E]."""
-    num_tokens = responses_LU.shape[1] // place.num_ranks
+    num_tokens = responses_UL.shape[0] // place.num_ranks
     even = [num_tokens] * place.num_ranks
-    received_UL = all_to_all(responses_LU.t(), even, even, place.group)
+    received_UL = all_to_all(responses_UL, even, even, place.group)
     received_PtL = received_UL.view(place.num_ranks, num_tokens, place.experts_per_rank)
     return received_PtL.transpose(0, 1).reshape(num_tokens, place.num_ranks * place.experts_per_rank)
 
@@ -142,7 +142,9 @@ def _plan_return(expert_ids_tK: Tensor, place: Place) -> ReturnPlan:
     is_here = (ids_UK // place.experts_per_rank == place.index).flatten()
     send = is_here.view(place.num_ranks, -1).sum(dim=1)
     send_rows, receive_rows = torch.stack([send, home.rows_per_expert_E]).tolist()
-    num_tokens, top_k = ids_UK.shape
+    top_k = ids_UK.shape[1]
     slot = torch.argsort((~is_here).to(torch.int8), stable=True)[: sum(send_rows)]
     local_expert = ids_UK.flatten()[slot] - place.index * place.experts_per_rank
-    return ReturnPlan(expert_ids_tK, home, send_rows, receive_rows, local_expert * num_tokens + slot // top_k)
+    return ReturnPlan(
+        expert_ids_tK, home, send_rows, receive_rows, slot // top_k * place.experts_per_rank + local_expert
+    )

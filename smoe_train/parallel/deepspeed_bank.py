@@ -24,7 +24,6 @@ from smoe_train.parallel.dispatch_plan import (
     plan_dispatch,
     returned_to_slot_order,
     row_multiple,
-    run_planned,
     to_expert_order,
 )
 from smoe_train.parallel.topology import Topology
@@ -104,12 +103,16 @@ class FrozenExpertBank(nn.Module):
     def run(self, x_TD: Tensor, plan: ExchangePlan) -> Tensor:
         """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots."""
         if self.ep_size == 1:
-            return run_planned(self.experts, x_TD, plan.home)
+            return self._outputs(x_TD, plan.home)
         rows = to_expert_order(x_TD, plan.home)[: sum(plan.send_rows)]
         rows = all_to_all(rows, plan.send_rows, plan.receive_rows, self._group)
-        outputs = run_planned(self.experts, rows, plan.here).squeeze(1)
+        outputs = self._outputs(rows, plan.here).squeeze(1)
         returned = all_to_all(outputs, plan.receive_rows, plan.send_rows, self._group)
         return returned_to_slot_order(returned, plan.home)
+
+    def _outputs(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        y_TKD: Tensor = self.experts(x_TD, plan)
+        return y_TKD
 
     def compete(
         self, x_TD: Tensor, respond: Respond, choose: Choose, chunk_tokens: int | None, recompute: bool

@@ -18,8 +18,6 @@ from torch import Tensor
 # rounding rows up to a multiple makes the counts repeat. fp32 products (MKL) and accelerators do not need it.
 CPU_LOW_PRECISION_ROWS = 32
 
-Experts = Callable[[Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class DispatchPlan:
@@ -38,6 +36,18 @@ class DispatchPlan:
     valid_TK: Tensor
     rows_per_expert_E: Tensor
     num_rows: int
+
+    def rows_to_run(self) -> Tensor:
+        """Returns int64 rows of each expert that add up to ``num_rows``.
+
+        What lies behind the last expert's rows is given to it: defined values cost less than a look at the sizes, and
+        nothing undefined can reach a gradient.
+        """
+        first_E = self.rows_per_expert_E[:-1]
+        return torch.cat([first_E, (self.num_rows - first_E.sum()).unsqueeze(0)])
+
+
+Experts = Callable[[Tensor, DispatchPlan], Tensor]  # tokens [T, D] as planned to uncombined outputs [T, K, D]
 
 
 def row_multiple(x: Tensor) -> int:
@@ -76,6 +86,17 @@ def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, multiple: int = 1) ->
         valid_TK=valid_N.view(expert_ids_TK.shape),
         rows_per_expert_E=rows[:num_experts],
         num_rows=num_rows,
+    )
+
+
+def plan_everyone(num_tokens: int, num_experts: int, device: torch.device) -> DispatchPlan:
+    """Plans that every expert runs once on every token: slot e of a token is expert e's."""
+    row_TE = torch.arange(num_tokens * num_experts, device=device).view(num_experts, num_tokens).t()
+    return DispatchPlan(
+        row_of_slot_TK=row_TE.contiguous(),
+        valid_TK=torch.ones_like(row_TE, dtype=torch.bool),
+        rows_per_expert_E=torch.full((num_experts,), num_tokens, dtype=torch.int64, device=device),
+        num_rows=num_tokens * num_experts,
     )
 
 
@@ -161,18 +182,3 @@ def returned_to_slot_order(returned: Tensor, plan: DispatchPlan) -> Tensor:
         missing = returned.new_zeros(plan.num_rows - returned.shape[0], returned.shape[1])
         returned = torch.cat([returned, missing])
     return to_slot_order(returned, plan)
-
-
-def run_planned(experts: Experts, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
-    """Runs stacked experts on tokens as planned and returns their uncombined outputs [T, K, D].
-
-    Args:
-        experts: Maps (rows sorted by expert [R, D], int64 rows of each expert [E], which sum to R) to outputs [R, D].
-        x_TD: Tokens.
-        plan: Where each slot's token goes.
-    """
-    rows_E = plan.rows_per_expert_E
-    # What lies behind the last expert's rows is given to it: defined values cost less than a look at the sizes, and
-    # nothing undefined can reach a gradient.
-    rows_E = torch.cat([rows_E[:-1], (plan.num_rows - rows_E[:-1].sum()).unsqueeze(0)])
-    return to_slot_order(experts(to_expert_order(x_TD, plan), rows_E), plan)

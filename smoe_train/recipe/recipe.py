@@ -14,6 +14,7 @@ from smoe_train.config import StrictModel
 from smoe_train.data import AnySourceConfig, AnyTokenizerConfig, BytesConfig, LoaderConfig
 from smoe_train.data.sources.pydocs import PydocsConfig
 from smoe_train.model.config import ModelConfig, MoeConfig
+from smoe_train.model.performance import PerformanceConfig
 from smoe_train.parallel.topology import ParallelConfig
 from smoe_train.reporting.config import ReportingConfig
 from smoe_train.schedules import (
@@ -78,6 +79,8 @@ class Recipe(StrictModel):
     """What becomes of numerical faults, loss spikes and collapsed routers."""
     parallel: ParallelConfig = ParallelConfig()
     """How the run is spread over processes."""
+    performance: PerformanceConfig = PerformanceConfig()
+    """In which of several forms, equal up to rounding, a step is computed."""
     reporting: ReportingConfig = ReportingConfig()
     """Where figures are written."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smoe_train.checkpoint.rank_state import capture_random_state, restore_random_state
 from smoe_train.model import StackedExperts
+from smoe_train.parallel.dispatch_plan import DispatchPlan
 from smoe_train.routing import Assignment, Router
 
 FORWARD, BACKWARD = 0, 1
@@ -181,12 +182,14 @@ class _Search:
 
         return watched
 
-    def _see_experts(self, path: str, module: StackedExperts, rows_per_expert_E: Tensor, y_RD: Tensor) -> None:
+    def _see_experts(self, path: str, module: StackedExperts, plan: DispatchPlan, y_TKD: Tensor) -> None:
         if not self.backward and self.found is None:
-            parts = y_RD.detach().split(rows_per_expert_E.tolist())
-            bad = [expert for expert, rows in zip(module.expert_ids, parts, strict=True) if not _finite(rows)]
+            ends_E = torch.cumsum(plan.rows_per_expert_E, 0)
+            expert_TK = torch.searchsorted(ends_E, plan.row_of_slot_TK, right=True)
+            bad_TK = plan.valid_TK & ~y_TKD.detach().isfinite().all(dim=-1)
+            bad = [module.expert_ids[index] for index in torch.unique(expert_TK[bad_TK]).tolist()]
             which = f" (experts {', '.join(map(str, bad))})" if bad else ""
-            self._see(f"the output of {path}{which}", y_RD)
+            self._see(f"the output of {path}{which}", y_TKD)
 
     def _see(self, what: str, output: Any, low: bool = False) -> None:
         if self.backward:  # a recomputation of activations; what it computes has been seen

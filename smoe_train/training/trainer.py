@@ -69,6 +69,7 @@ class Trainer:
         rehearsal: Whether to stop after the first step, which is written nowhere: for the self-test alone.
         not_judged: Losses that were 0 in the self-test.
         best_on_disk: Cost and step of the best validation whose checkpoint was written.
+        notes: What is to be said of the run before it begins.
     """
 
     config: TrainingConfig
@@ -97,6 +98,7 @@ class Trainer:
     rehearsal: bool = False
     not_judged: list[str] = field(default_factory=list)
     best_on_disk: tuple[float | None, int | None] = (None, None)
+    notes: list[str] = field(default_factory=list)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
@@ -119,6 +121,8 @@ class Trainer:
             CheckFailedError: An alarm that is to end the run.
             RunStoppedError: The run was asked to stop and has written its checkpoint.
         """
+        for text in self.notes:
+            self.note(text)
         self.model.train()
         untrained = self._self_test() if self.config.self_test and self.state.step == 0 else None
         self._make_up_for_validation()

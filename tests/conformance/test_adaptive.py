@@ -250,7 +250,9 @@ def test_a4_rows_are_tokens_and_further_experts(top_k, padded):
     """A4: the experts are given T rows and one for each further expert; none for a slot that is not used."""
     layer = case(threshold=0.2).layer("gelu", d_ff=16)
     rows = []
-    layer.bank.experts.register_forward_pre_hook(lambda _, given: rows.append((len(given[0]), int(given[1].sum()))))
+    layer.bank.experts.register_forward_pre_hook(
+        lambda _, given: rows.append((given[1].num_rows, int(given[1].rows_per_expert_E.sum())))
+    )
     mask = torch.arange(50) % 5 != 0 if padded else torch.ones(50, dtype=torch.bool)
     merged = run(layer, tokens(50, scale=1.0), context(top_k, token_mask_T=mask if padded else None))
     of_token = merged.experts_of_token_T
@@ -454,7 +456,9 @@ def test_recomputed_activations_see_the_same_masks():
     model = model_of(base=TopKConfig(init_std=0.3, jitter=0.2)).train()
     rows = []
     for block in model.model.layers:
-        block.moe.bank.experts.register_forward_pre_hook(lambda _, given: rows.append(given[1].tolist()))
+        block.moe.bank.experts.register_forward_pre_hook(
+            lambda _, given: rows.append(given[1].rows_per_expert_E.tolist())
+        )
     model.recompute_activations()
     model(text(), labels=text(), knobs=Knobs(3, 2)).loss.backward()
     assert len(rows) == 4

@@ -169,7 +169,7 @@ def contest_on(y_TED, logits_TE=None, top_k=2, ctx=None, **options):
     responses_TE = contest.respond(y_TED.flatten(0, 1)).view(num_tokens, num_experts)
     ids_TK = contest.choose(responses_TE, slice(0, num_tokens))
     routed_TK = logits_TE.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    y_TKD = winners_outputs(y_TED.transpose(0, 1), ids_TK)
+    y_TKD = winners_outputs(y_TED, ids_TK)
     routed = Assignment(routed_TK, torch.full(routed_TK.shape, 1.0), logits_TE)
     settled = router.settle(routed, Outcome(responses_TE, ids_TK, y_TKD), ctx)
     return settled, router.merge(settled, y_TKD, ctx)
@@ -336,7 +336,9 @@ def test_competition_balance_reaches_the_losers():
 
 def experts_rows(layer):
     rows = []
-    layer.bank.experts.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[1].tolist()))
+    layer.bank.experts.register_forward_pre_hook(
+        lambda _, arguments: rows.append(arguments[1].rows_per_expert_E.tolist())
+    )
     return rows
 
 
@@ -525,7 +527,7 @@ def test_c10_winners_of_a_bf16_layer_are_those_of_fp32_scores(name):
     }
 
     def winners(dtype):
-        scores_TE = formulas[name](y_RD.to(dtype)).mean(-1).view(NUM_EXPERTS, 1000).t()
+        scores_TE = formulas[name](y_RD.to(dtype)).mean(-1).view(1000, NUM_EXPERTS)
         return scores_TE.sort(dim=1, descending=True, stable=True).indices[:, :2]
 
     assert torch.equal(outcome.expert_ids_TK, winners(torch.float32))
@@ -674,5 +676,5 @@ def test_a_registered_response_can_be_named():
 
 def test_empty_slots_have_no_output():
     y = torch.ones(2, 3, 4)
-    picked = winners_outputs(y, torch.tensor([[0, 1], [EMPTY_SLOT, EMPTY_SLOT], [1, 0]]))
+    picked = winners_outputs(y.transpose(0, 1), torch.tensor([[0, 1], [EMPTY_SLOT, EMPTY_SLOT], [1, 0]]))
     assert picked.sum(dim=(1, 2)).tolist() == [8.0, 0.0, 8.0]

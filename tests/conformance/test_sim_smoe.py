@@ -349,7 +349,7 @@ def test_what_is_declared_for_the_task_is_the_bases():
 def test_no_expert_runs_more_often(top_k):
     """S11: T * k rows for k >= 2, whether pairs are checked or not."""
     layer, rows = layer_of(), []
-    layer.bank.experts.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    layer.bank.experts.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[1].num_rows))
     run(layer, tokens(40).double(), context(top_k))
     assert rows == [40 * top_k]
 
@@ -455,7 +455,7 @@ def test_a_second_choice_is_probed_at_k_1():
     layer = layer_of(base=base.type, due=[(1, 3)], probe_second_expert=True)
     layer.router.base.config = base
     rows = []
-    layer.bank.experts.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    layer.bank.experts.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[1].num_rows))
     x = tokens(60, scale=1.0).double()
     mask = torch.arange(60) % 6 != 0
     merged = run(layer, x, context(1, token_mask_T=mask))

@@ -140,7 +140,9 @@ def count_rows(recipe: Recipe) -> dict[str, list[Any]]:
     model.model.ranks = RankReduction(process.sum, process.world_size)
     rows: list[int] = []
     for block in model.model.layers:
-        block.moe.bank.experts.register_forward_pre_hook(lambda _, given: rows.append(int(given[1].sum())))
+        block.moe.bank.experts.register_forward_pre_hook(
+            lambda _, given: rows.append(int(given[1].rows_per_expert_E.sum()))
+        )
     with torch.no_grad():
         output = model(batch.input_ids_BS, knobs=Knobs(0, recipe.model.moe.top_k))
     counts = output.experts_of_token.values()

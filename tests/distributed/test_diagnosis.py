@@ -24,7 +24,9 @@ def poison(model: Any, place: str) -> None:
         model.get_submodule("model.embed_tokens").register_forward_hook(lambda module, inputs, output: output * NAN)
     elif place == "expert":
         model.get_submodule("model.layers.1.moe.bank.experts").register_forward_hook(
-            lambda module, inputs, output: torch.cat([output[: int(inputs[1][0])] * NAN, output[int(inputs[1][0]) :]])
+            lambda module, inputs, output: torch.where(
+                (inputs[1].row_of_slot_TK < inputs[1].rows_per_expert_E[0]).unsqueeze(-1), output * NAN, output
+            )
         )
     elif place == "gradient":
         model.get_submodule("model.layers.0.moe.bank.experts").w_in.register_hook(lambda gradient: gradient * NAN)

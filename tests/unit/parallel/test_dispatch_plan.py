@@ -9,7 +9,7 @@ from support.naive_moe import feed_forward
 from smoe_train.model import LocalExpertBank, StackedExperts
 from smoe_train.model.feed_forward import grouped_product
 from smoe_train.model.initialise import KeyedDraw
-from smoe_train.parallel.dispatch_plan import plan_dispatch, row_multiple, run_planned, to_expert_order, to_slot_order
+from smoe_train.parallel.dispatch_plan import plan_dispatch, row_multiple, to_expert_order, to_slot_order
 
 NUM_EXPERTS = 5
 
@@ -107,7 +107,7 @@ def experts(kind, dtype, d_model=4, d_ff=6, std=0.7):
 
 @tables
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
-def test_gradients_of_run_planned(ids, kind):
+def test_gradients_of_stacked_experts(ids, kind):
     """fp64 differences for the tokens and for every weight, with empty slots and experts without tokens."""
     ids_TK = table(ids)
     if not len(ids_TK):
@@ -120,14 +120,14 @@ def test_gradients_of_run_planned(ids, kind):
         def call(*arguments):
             return torch.func.functional_call(stacked, dict(zip(names, weights, strict=True)), arguments)
 
-        return run_planned(call, x, plan_dispatch(ids_TK, NUM_EXPERTS, row_multiple(x)))
+        return call(x, plan_dispatch(ids_TK, NUM_EXPERTS, row_multiple(x)))
 
     assert torch.autograd.gradcheck(outputs, (x_TD, *values), fast_mode=True)
 
 
 @settings(max_examples=25, deadline=None)
 @given(id_tables(), st.sampled_from(["relu", "gelu", "swiglu"]), st.sampled_from([5, 8]), st.booleans())
-def test_run_planned_is_each_expert_on_each_token(ids_TK, kind, d_ff, low):
+def test_stacked_experts_are_each_expert_on_each_token(ids_TK, kind, d_ff, low):
     """Outputs in slot order against one token at a time, for the looped (5) and grouped (8) form, fp32 and bf16."""
     dtype = torch.bfloat16 if low else torch.float32
     stacked = experts(kind, dtype, d_model=8, d_ff=d_ff, std=0.3)
@@ -162,7 +162,7 @@ def test_no_undefined_row_reaches_a_gradient(ids, kind, dtype, poisoned_memory):
     ids_TK = table(ids)
     stacked = experts(kind, dtype, d_model=16, d_ff=16)
     x_TD = torch.randn(len(ids_TK), 16).to(dtype).requires_grad_()
-    y_TKD = run_planned(stacked, x_TD, plan_dispatch(ids_TK, NUM_EXPERTS, row_multiple(x_TD)))
+    y_TKD = stacked(x_TD, plan_dispatch(ids_TK, NUM_EXPERTS, row_multiple(x_TD)))
     y_TKD.float().square().sum().backward()
     assert y_TKD.isfinite().all()
     assert x_TD.grad.isfinite().all()

@@ -75,10 +75,9 @@ def test_the_first_module_whose_output_is_not_finite_is_named(model, path):
 
 def test_experts_are_named_by_their_global_number(model):
     def poison(module, arguments, output):
-        rows = arguments[1].tolist()
-        parts = list(output.split(rows))
-        parts[3] = parts[3] * INF
-        return torch.cat(parts)
+        plan = arguments[1]
+        of_expert_3 = (plan.row_of_slot_TK >= int(plan.rows_per_expert_E[:3].sum())) & plan.valid_TK
+        return torch.where(of_expert_3.unsqueeze(-1), output * INF, output)
 
     model.get_submodule(EXPERTS).register_forward_hook(poison)
     model.get_submodule(EXPERTS).expert_ids = range(4, 8)  # as on the second rank of two
