@@ -23,7 +23,7 @@ FAULTS := OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow faults faults-nightly lint types format bench bench-adaptive bench-loader bench-save compare compare-curriculum docs docker clean
+.PHONY: help demo test test-slow faults faults-nightly lint types format bench bench-adaptive bench-loader bench-parallel bench-save compare compare-curriculum docs docker clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,9 @@ bench-adaptive: .venv/package.stamp ## time adaptive gating by its share of toke
 
 bench-loader: .venv/package.stamp ## time the loader beside training steps; an epoch of a 4 GB store (needs 8 GB of disk)
 	$(BIN)/python scripts/bench_loader.py $(BENCH_ARGS)
+
+bench-parallel: .venv/package.stamp ## time expert-parallel processes beside one process, and count what they send
+	$(BIN)/python scripts/bench_parallel.py $(BENCH_ARGS)
 
 bench-save: .venv/package.stamp ## time what a checkpoint costs: in the background, waited for, not at all
 	$(BIN)/python scripts/bench_save.py $(BENCH_ARGS)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench_moe import CLOCKS, prepare_environment, show_goals, write_result
+from bench_rounds import CLOCKS, prepare_environment, show_goals, write_result
 
 if TYPE_CHECKING:
     import torch

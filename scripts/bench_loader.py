@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from bench_moe import CLOCKS, prepare_environment, show_goals, write_result
+from bench_rounds import CLOCKS, prepare_environment, show_goals, write_result
 
 if TYPE_CHECKING:
     from smoe_train.data import TokenStore

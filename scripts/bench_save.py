@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_moe import prepare_environment, write_result
+from bench_rounds import prepare_environment, write_result
 
 if TYPE_CHECKING:
     from smoe_train.training.trainer import Trainer

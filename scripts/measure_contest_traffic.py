@@ -1,8 +1,9 @@
-"""Counts the bytes that contests hand to collectives, over gloo ranks on this host.
+"""Counts the bytes that contests send, over gloo ranks on this host.
 
 Two plans do the same work: ``gather``, which this package uses (`smoe_train.parallel.contest_exchange`), and ``naive``,
-which sends every token to every expert's rank and every output back. Counted is what one rank sends to others, in the
-forward and in the backward pass, a token; ``arithmetic`` is `smoe_train.parallel.footprint.contest_bytes`.
+which sends every token to every expert's rank and every output back. Counted is what one rank sends to others (see
+`smoe_train.parallel.traffic`), in the forward and in the backward pass, a token; ``arithmetic`` is
+`smoe_train.parallel.footprint.contest_bytes`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smoe_train.model import StackedExperts
 from smoe_train.model.initialise import KeyedDraw
-from smoe_train.parallel import Topology, contest_exchange
+from smoe_train.parallel import Topology, traffic
 from smoe_train.parallel.contest_exchange import Place, contest_across
 from smoe_train.parallel.deepspeed_bank import DeepSpeedExpertBank
 from smoe_train.parallel.footprint import contest_bytes
@@ -43,30 +43,11 @@ class Case:
 CASES = [Case(4, 2, 2), Case(4, 2, 4), Case(16, 2, 2), Case(16, 2, 4), Case(64, 8, 2), Case(64, 8, 4)]
 
 
-class Counter:
-    """Counts the bytes that this rank hands to collectives for other ranks."""
-
-    def __init__(self) -> None:
-        self.sent = 0
-        self._all_to_all: Callable[..., Any] = dist.all_to_all_single
-        self._gather: Callable[..., Any] = contest_exchange._gather_into
-        collectives: Any = dist
-        collectives.all_to_all_single = self._counted_all_to_all
-        contest_exchange._gather_into = self._counted_gather
-
-    def _counted_all_to_all(self, output: Tensor, rows: Tensor, out: list[int], into: list[int], group: Any) -> Any:
-        elsewhere = sum(into) - into[dist.get_rank()]
-        self.sent += elsewhere * rows[:1].numel() * rows.element_size()
-        return self._all_to_all(output, rows, out, into, group=group)
-
-    def _counted_gather(self, output: Tensor, rows: Tensor, group: Any) -> Any:
-        self.sent += (dist.get_world_size() - 1) * rows.numel() * rows.element_size()
-        return self._gather(output, rows, group=group)
-
-    def take(self) -> int:
-        """Returns the count and starts anew."""
-        sent, self.sent = self.sent, 0
-        return sent
+def take_sent() -> int:
+    """Returns the bytes that this rank has sent since the last call."""
+    sent = traffic.bytes_sent.total()
+    traffic.bytes_sent.clear()
+    return sent
 
 
 def measure(case: Case, rank: int) -> dict[str, list[int]]:
@@ -81,7 +62,7 @@ def measure(case: Case, rank: int) -> dict[str, list[int]]:
     bank = DeepSpeedExpertBank(topology, rank, make)
     bank._group = dist.group.WORLD
     place = Place(dist.group.WORLD, case.num_ranks, rank, topology.experts_per_rank)
-    counter, result = Counter(), {}
+    result = {}
     x_TD = torch.randn(case.num_tokens, case.d_model, requires_grad=True)
 
     def respond(y_RD: Tensor) -> Tensor:
@@ -103,9 +84,9 @@ def measure(case: Case, rank: int) -> dict[str, list[int]]:
 
     for plan in (gather, naive):
         total = plan()
-        forward = counter.take()
+        forward = take_sent()
         total.backward()
-        result[plan.__name__] = [forward, counter.take()]
+        result[plan.__name__] = [forward, take_sent()]
     return result
 
 

@@ -20,6 +20,7 @@ from smoe_train.evaluation.metrics import constant_baseline
 from smoe_train.evaluation.predictions import predictions_file, write_predictions
 from smoe_train.evaluation.results import SplitResult, TaskResult
 from smoe_train.model import LocalExpertBank, RankReduction, SmoePreTrainedModel
+from smoe_train.model.performance import chunk_logits
 from smoe_train.recipe import Recipe, tokenizer_of
 from smoe_train.schedules import Knobs
 
@@ -61,6 +62,7 @@ def build_for_evaluation(recipe: Recipe, process: Process, checkpoint: Checkpoin
         if hasattr(module, "set_deepspeed_parallelism"):
             module.set_deepspeed_parallelism()
     model.model.ranks = RankReduction(process.sum, process.world_size)
+    chunk_logits(model, recipe.performance)
     dtype = torch.bfloat16 if recipe.parallel.precision == "bf16" else torch.float32
     model.to(device=process.device, dtype=dtype)
     model.eval()

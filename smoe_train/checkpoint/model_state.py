@@ -30,8 +30,13 @@ class StateAccess(Protocol):
         """The model itself."""
         ...
 
-    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Returns a parameter's fp32 weight and moments; every rank calls it for every parameter in order."""
+    def read_state(self, parameter: nn.Parameter, copy: bool = True) -> dict[str, Tensor]:
+        """Returns a parameter's fp32 weight and moments; every rank calls it for every parameter in order.
+
+        Args:
+            parameter: Of the model.
+            copy: Whether they must stay as they are when training goes on.
+        """
         ...
 
     def optimizer_steps(self) -> int:
@@ -53,18 +58,20 @@ def collect(
     expert_parallel_size: int,
     device: torch.device,
     extra: Mapping[str, Tensor] | None = None,
+    copy: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """Returns the files that this rank writes, by name, with their tensors.
 
     Rank 0 writes what all ranks share, the first expert-parallel group the experts, every rank its generators. All
-    ranks must call it: under ZeRO, reading a parameter is a collective. All tensors are copies in host memory, which
-    training does not change. ``extra`` is what else is to be saved, the same on every rank; `read_extra` returns it.
+    ranks must call it: under ZeRO, reading a parameter is a collective. All tensors are in host memory, and with
+    ``copy`` copies, which training does not change. ``extra`` is what else is to be saved, the same on every rank;
+    `read_extra` returns it.
     """
     shared: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
     held = range(0)
     for name, parameter, owner in parameters_of(engine.model):
-        for kind, value in engine.read_state(parameter).items():
+        for kind, value in engine.read_state(parameter, copy).items():
             if owner is None:
                 if rank == 0:
                     shared[f"{kind}/{name}"] = value.cpu()

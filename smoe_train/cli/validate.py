@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from smoe_train.parallel.footprint import Footprint, contest_bytes, footprint
+from smoe_train.parallel.footprint import Activations, Footprint, contest_bytes, footprint
 from smoe_train.parallel.topology import Topology, valid_expert_parallel_sizes
 from smoe_train.recipe import Recipe, load_recipe
 from smoe_train.training.task_config import LanguageModellingConfig
+
+if TYPE_CHECKING:
+    from smoe_train.model import SmoeConfig
 
 # The self-test of `validate` runs here alone; a run itself tests its own topology.
 ONE_PROCESS = (
@@ -90,6 +93,7 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
     most = max(k_values)
     visited = sorted(k_values | ({1} if moe.router.varies_experts() else set())) if layers else [0]
     tokens = training.global_batch_size * training.sequence_length // nproc
+    accumulation_steps = training.global_batch_size // (training.micro_batch_size * nproc)
     cost: Footprint = footprint(
         parallel,
         nproc,
@@ -100,6 +104,8 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
         recipe.model.d_model,
         len(layers),
         most,
+        activations_of(recipe, config, most),
+        accumulation_steps,
     )
     contest = {}
     if layers and moe.router.competes():
@@ -115,7 +121,7 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
         "valid_expert_parallel_sizes": valid_expert_parallel_sizes(nproc, moe.num_experts) if layers else [1],
         "parameters": counts.to_json(),
         "tokens_per_step": training.global_batch_size * training.sequence_length,
-        "accumulation_steps": training.global_batch_size // (training.micro_batch_size * nproc),
+        "accumulation_steps": accumulation_steps,
         "top_k_in_training": sorted(k_values),
         "forward_flops_per_token": {
             k: forward_flops(config, k, training.sequence_length, language_model) for k in visited
@@ -123,6 +129,27 @@ def plan_of(recipe: Recipe, nproc: int) -> dict[str, Any]:
         "curriculum": recipe.schedule().outline(),
         "bytes_per_rank": {**cost.to_json(), **contest},
     }
+
+
+def activations_of(recipe: Recipe, config: SmoeConfig, top_k: int) -> Activations:
+    """Returns what decides the activations of a micro-batch, with ``top_k`` the most experts a token."""
+    model, training = recipe.model, recipe.training
+    return Activations(
+        tokens=training.micro_batch_size * training.sequence_length,
+        d_model=model.d_model,
+        layers=model.num_layers,
+        moe_layers=len(model.moe_layers()),
+        top_k=top_k,
+        d_ff=config.d_ff,
+        d_ff_expert=model.moe.d_ff,
+        feed_forward=model.feed_forward,
+        vocab_size=config.vocab_size if isinstance(recipe.task, LanguageModellingConfig) else 0,
+        rotary=model.positions == "rotary",
+        rms_norm=model.norm == "rms_norm",
+        dropout=model.dropout > 0.0,
+        recompute=training.activation_checkpointing,
+        logits_chunk_tokens=recipe.performance.logits_chunk_tokens,
+    )
 
 
 def vocab_size_of(recipe: Recipe) -> int:
@@ -168,7 +195,9 @@ def show(recipe: Recipe, nproc: int) -> None:
         ("gradients_bytes", "gradients"),
         ("optimizer_bytes", "optimizer state"),
         ("reduction_buffer_bytes", "gradient reduction buffer"),
-        ("model_state_bytes", "all of these (activations come on top)"),
+        ("model_state_bytes", "all of these"),
+        ("activation_bytes", "activations (estimate)"),
+        ("peak_bytes", "at the peak (estimate)"),
     ):
         table.add_row(f"memory a rank, {label}", _size(cost[key]))
     table.add_row("all-to-all a rank and step, sent", _size(cost["all_to_all_bytes_per_step"]))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_train.data.batches.loader import IGNORED_LABEL, MicroBatch
@@ -119,12 +118,11 @@ def evaluate_language_model(
                     knobs=one,
                     sample_index=batch.sample_index_B,
                     use_cache=False,
+                    targets=batch.labels,
+                    num_targets=1.0,  # the sum
                 )
-                labels = batch.labels.flatten()
-                loss = F.cross_entropy(
-                    output.logits.flatten(0, 1).float(), labels, ignore_index=IGNORED_LABEL, reduction="sum"
-                )
-                sums[top_k] += torch.stack([loss.double(), (labels != IGNORED_LABEL).sum().double()])
+                count = (batch.labels != IGNORED_LABEL).sum()
+                sums[top_k] += torch.stack([output.task_loss.double(), count.double()])
                 add_stats(routing[top_k], output.routing_stats)
     model.train(was_training)
     return [_score(one.top_k, sum_over_ranks(sums[one.top_k]), text, routing[one.top_k]) for one in knobs]

@@ -9,8 +9,10 @@ from smoe_train.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from smoe_train.kernels.build import load_experts_kernel
-    from smoe_train.kernels.experts import run_experts, supports
+    from smoe_train.kernels.experts import combine, run_experts, supports
 
-__getattr__ = lazy_attributes(__name__, {"build": ("load_experts_kernel",), "experts": ("run_experts", "supports")})
+__getattr__ = lazy_attributes(
+    __name__, {"build": ("load_experts_kernel",), "experts": ("combine", "run_experts", "supports")}
+)
 
-__all__ = ["load_experts_kernel", "run_experts", "supports"]
+__all__ = ["combine", "load_experts_kernel", "run_experts", "supports"]

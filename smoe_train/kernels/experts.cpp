@@ -27,7 +27,7 @@ namespace {
 using at::Tensor;
 using at::vec::Vectorized;
 using Floats = Vectorized<float>;
-constexpr int64_t BLOCK = 256;  // rows of a task
+constexpr int64_t BLOCK = 384;  // rows of a task
 constexpr int64_t WIDTH = Floats::size();
 
 enum class Kind { relu, gelu, swiglu };
@@ -60,6 +60,7 @@ struct Layout {
   int64_t num_tokens, num_slots, num_rows, num_experts;
   std::vector<int64_t> ends, slot_of_row;  // -1 for rows of padding
   std::vector<Task> tasks;
+  std::vector<int64_t> first_tasks;  // of each expert, and the end
 
   Layout(const Tensor& row_of_slot_TK, const Tensor& rows_per_expert_E)
       : num_tokens(row_of_slot_TK.size(0)), num_slots(row_of_slot_TK.size(1)), num_experts(rows_per_expert_E.size(0)) {
@@ -67,17 +68,27 @@ struct Layout {
     int64_t row = 0;
     for (int64_t expert = 0; expert < num_experts; ++expert) {
       const int64_t end = row + counts[expert];
+      first_tasks.push_back(tasks.size());
       // Equal parts rather than full blocks and a rest: small products are slow.
       const int64_t parts = (counts[expert] + BLOCK - 1) / BLOCK;
       const int64_t size = parts ? ((counts[expert] + parts - 1) / parts + 31) / 32 * 32 : 0;
       for (; row < end; row = std::min(row + size, end)) tasks.push_back({expert, row, std::min(row + size, end)});
       ends.push_back(end);
     }
+    first_tasks.push_back(tasks.size());
     num_rows = row;
     slot_of_row.assign(num_rows, -1);
     const auto* rows = row_of_slot_TK.const_data_ptr<int64_t>();
     for (int64_t slot = 0; slot < num_tokens * num_slots; ++slot)
       if (rows[slot] < num_rows) slot_of_row[rows[slot]] = slot;  // an empty slot has no row
+  }
+
+  // Whether whole experts, as tasks, keep all threads busy.
+  bool experts_fill_threads() const {
+    int64_t largest = 0;
+    for (int64_t expert = 0; expert < num_experts; ++expert) largest = std::max(largest, ends[expert] - begin_of(expert));
+    const int64_t threads = at::get_num_threads();
+    return threads == 1 || (num_experts >= 4 * threads && largest * 2 * threads <= num_rows);
   }
 
   int64_t begin_of(int64_t expert) const { return expert ? ends[expert - 1] : 0; }
@@ -113,45 +124,52 @@ struct Weights {
   Tensor to_model(int64_t expert) const { return matrix(out + expert * d_model * d_ff, d_ff, d_model); }
 };
 
-// Calls per_vector on every WIDTH values, in fp32, of inputs and outputs of equal length; the rest is padded with zeros.
-template <typename T, size_t IN, size_t OUT, typename PerVector>
-inline void map_vectors(const std::array<const T*, IN>& inputs, const std::array<T*, OUT>& outputs, int64_t size,
-                        const PerVector& per_vector) {
-  const auto load = [](const T* from, int64_t count) {
-    if constexpr (std::is_same_v<T, float>) {
-      return Floats::loadu(from, count);
-    } else {
+// WIDTH values, or the count that is left, in fp32; zeros behind them.
+template <typename T>
+inline Floats load(const T* from, int64_t count = WIDTH) {
+  if constexpr (std::is_same_v<T, float>) {
+    return count == WIDTH ? Floats::loadu(from) : Floats::loadu(from, count);
+  } else {
+    if (count == WIDTH) {
       Floats values;
       at::vec::load_to_float<T>(from, values);
       return values;
     }
-  };
+    alignas(64) float buffer[WIDTH] = {};
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<float>(from[i]);
+    return Floats::loadu(buffer);
+  }
+}
+
+template <typename T>
+inline void store(const Floats& values, T* to, int64_t count = WIDTH) {
+  if constexpr (std::is_same_v<T, float>) {
+    values.store(to, count);
+  } else {
+    at::vec::convert_from_float<T>(values, values).store(to, count);
+  }
+}
+
+// Calls per_vector on every WIDTH values, in fp32, of inputs and outputs of equal length.
+template <typename T, size_t IN, size_t OUT, typename PerVector>
+inline void map_vectors(const std::array<const T*, IN>& inputs, const std::array<T*, OUT>& outputs, int64_t size,
+                        const PerVector& per_vector) {
   int64_t at = 0;
-  for (; at + WIDTH <= size; at += WIDTH) {
-    std::array<Floats, IN> values;
-    for (size_t i = 0; i < IN; ++i) values[i] = load(inputs[i] + at, WIDTH);
-    const std::array<Floats, OUT> results = per_vector(values);
-    for (size_t i = 0; i < OUT; ++i) {
-      if constexpr (std::is_same_v<T, float>) {
-        results[i].store(outputs[i] + at);
-      } else {
-        at::vec::convert_from_float<T>(results[i], results[i]).store(outputs[i] + at, WIDTH);
-      }
+  if constexpr (!std::is_same_v<T, float>) {  // two vectors of fp32 fill one of bf16
+    for (; at + 2 * WIDTH <= size; at += 2 * WIDTH) {
+      std::array<Floats, IN> low, high;
+      for (size_t i = 0; i < IN; ++i)
+        std::tie(low[i], high[i]) = at::vec::convert_to_float<T>(Vectorized<T>::loadu(inputs[i] + at));
+      const std::array<Floats, OUT> first = per_vector(low), second = per_vector(high);
+      for (size_t i = 0; i < OUT; ++i) at::vec::convert_from_float<T>(first[i], second[i]).store(outputs[i] + at);
     }
   }
-  if (at == size) return;
-  const int64_t rest = size - at;
-  std::array<Floats, IN> values;
-  alignas(64) float buffer[WIDTH];
-  for (size_t i = 0; i < IN; ++i) {
-    std::fill(buffer, buffer + WIDTH, 0.0f);
-    for (int64_t j = 0; j < rest; ++j) buffer[j] = static_cast<float>(inputs[i][at + j]);
-    values[i] = Floats::loadu(buffer);
-  }
-  const std::array<Floats, OUT> results = per_vector(values);
-  for (size_t i = 0; i < OUT; ++i) {
-    results[i].store(buffer);
-    for (int64_t j = 0; j < rest; ++j) outputs[i][at + j] = static_cast<T>(buffer[j]);
+  for (; at < size; at += WIDTH) {
+    const int64_t count = std::min(WIDTH, size - at);
+    std::array<Floats, IN> values;
+    for (size_t i = 0; i < IN; ++i) values[i] = load(inputs[i] + at, count);
+    const std::array<Floats, OUT> results = per_vector(values);
+    for (size_t i = 0; i < OUT; ++i) store(results[i], outputs[i] + at, count);
   }
 }
 
@@ -264,31 +282,34 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_TD, const Layout& lay
   return {y_TKD, gate_RF, hidden_RF};
 }
 
-// Sums the rows of each token's slots, in fp32.
+// Sums the rows of each token's slots, which lie in one or more parts of R rows each, in fp32.
 template <typename T>
-void sum_slots(const Layout& layout, const Tensor& row_of_slot_TK, const T* rows_RD, T* sums_TD, int64_t d_model) {
+void sum_slots(const Layout& layout, const Tensor& row_of_slot_TK, const T* rows_PRD, int64_t parts, T* sums_TD,
+               int64_t d_model) {
   const auto* rows = row_of_slot_TK.const_data_ptr<int64_t>();
   at::parallel_for(0, layout.num_tokens, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> sum(d_model);
     for (int64_t token = begin; token < end; ++token) {
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int64_t slot = token * layout.num_slots; slot < (token + 1) * layout.num_slots; ++slot) {
-        if (rows[slot] >= layout.num_rows) continue;
-        const T* row = rows_RD + rows[slot] * d_model;
-        for (int64_t i = 0; i < d_model; ++i) sum[i] += static_cast<float>(row[i]);
+      for (int64_t at = 0; at < d_model; at += WIDTH) {
+        const int64_t count = std::min(WIDTH, d_model - at);
+        Floats sum(0.0f);
+        for (int64_t slot = token * layout.num_slots; slot < (token + 1) * layout.num_slots; ++slot)
+          for (int64_t part = 0; part < parts && rows[slot] < layout.num_rows; ++part)
+            sum = sum + load(rows_PRD + (part * layout.num_rows + rows[slot]) * d_model + at, count);
+        store(sum, sums_TD + token * d_model + at, count);
       }
-      for (int64_t i = 0; i < d_model; ++i) sums_TD[token * d_model + i] = static_cast<T>(sum[i]);
     }
   });
 }
 
 // Sums an expert's rows, in fp32.
 template <typename T>
-void sum_rows(const T* rows, int64_t count, int64_t width, T* sum) {
-  std::vector<float> total(width, 0.0f);
-  for (int64_t row = 0; row < count; ++row)
-    for (int64_t i = 0; i < width; ++i) total[i] += static_cast<float>(rows[row * width + i]);
-  for (int64_t i = 0; i < width; ++i) sum[i] = static_cast<T>(total[i]);
+void sum_rows(const T* rows, int64_t num_rows, int64_t width, T* sums) {
+  for (int64_t at = 0; at < width; at += WIDTH) {
+    const int64_t count = std::min(WIDTH, width - at);
+    Floats sum(0.0f);
+    for (int64_t row = 0; row < num_rows; ++row) sum = sum + load(rows + row * width + at, count);
+    store(sum, sums + at, count);
+  }
 }
 
 struct Gradients {
@@ -303,14 +324,13 @@ Gradients backward(const Tensor& dy_TKD, const Tensor& x_TD, const Tensor& row_o
   const auto options = x_TD.options();
   Tensor x_RD = at::empty({need_weights ? num_rows : 0, d_model}, options), dy_RD = at::empty({num_rows, d_model}, options);
   Tensor activated_RF = at::empty({num_rows, d_ff}, options), d_hidden_RF = at::empty({num_rows, d_ff}, options);
-  Tensor d_gate_RF = at::empty({gated ? num_rows : 0, d_ff}, options), dx_RD = at::empty({num_rows, d_model}, options);
+  Tensor d_gate_RF = at::empty({gated ? num_rows : 0, d_ff}, options), dx_2RD = at::empty({(gated ? 2 : 1) * num_rows, d_model}, options);
   const T *x = x_TD.const_data_ptr<T>(), *dy = dy_TKD.const_data_ptr<T>();
   const T *gate = gate_RF.const_data_ptr<T>(), *hidden = hidden_RF.const_data_ptr<T>();
-  T *x_rows = x_RD.mutable_data_ptr<T>(), *dy_rows = dy_RD.mutable_data_ptr<T>(), *dx_rows = dx_RD.mutable_data_ptr<T>();
+  T *x_rows = x_RD.mutable_data_ptr<T>(), *dy_rows = dy_RD.mutable_data_ptr<T>(), *dx_rows = dx_2RD.mutable_data_ptr<T>();
   T *activated = activated_RF.mutable_data_ptr<T>(), *d_hidden = d_hidden_RF.mutable_data_ptr<T>();
   T* d_gate = d_gate_RF.mutable_data_ptr<T>();
-  run_tasks(layout.tasks.size(), [&](int64_t number) {
-    const Task& task = layout.tasks[number];
+  const auto of_rows = [&](const Task& task) {
     const int64_t rows = task.end - task.begin, at_hidden = task.begin * d_ff, at_model = task.begin * d_model;
     thread_local std::vector<T> space;
     space.resize(std::max<size_t>(space.size(), rows * d_ff));
@@ -322,29 +342,23 @@ Gradients backward(const Tensor& dy_TKD, const Tensor& x_TD, const Tensor& row_o
                       d_gate + at_hidden, d_hidden + at_hidden, rows * d_ff);
     Tensor dx = matrix(dx_rows + at_model, rows, d_model);
     at::mm_out(dx, matrix(d_hidden + at_hidden, rows, d_ff), weights.to_hidden(weights.in, task.expert).t());
-    if (gated)
-      at::addmm_out(dx, dx, matrix(d_gate + at_hidden, rows, d_ff), weights.to_hidden(weights.gate, task.expert).t());
-  });
+    if (gated) {  // summed with the other at the end: accumulating products are slow in bf16, and round in between
+      Tensor dx_by_gate = matrix(dx_rows + num_rows * d_model + at_model, rows, d_model);
+      at::mm_out(dx_by_gate, matrix(d_gate + at_hidden, rows, d_ff), weights.to_hidden(weights.gate, task.expert).t());
+    }
+  };
+
   Gradients found;
-  found.x = at::empty_like(x_TD);
-  sum_slots(layout, row_of_slot_TK, dx_rows, found.x.mutable_data_ptr<T>(), d_model);
-  if (!need_weights) return found;
-  const int64_t num_experts = layout.num_experts;
+  const int64_t num_experts = need_weights ? layout.num_experts : 0, matrices = gated ? 3 : 2;
   found.in = at::empty({num_experts, d_model, d_ff}, options);
   found.out = at::empty({num_experts, d_ff, d_model}, options);
-  if (gated) {
-    found.gate = at::empty_like(found.in);
-  } else {
-    found.b_in = at::empty({num_experts, d_ff}, options);
-    found.b_out = at::empty({num_experts, d_model}, options);
-  }
+  found.gate = at::empty({gated ? num_experts : 0, d_model, d_ff}, options);
+  found.b_in = at::empty({gated ? 0 : num_experts, d_ff}, options);
+  found.b_out = at::empty({gated ? 0 : num_experts, d_model}, options);
   T *to_in = found.in.mutable_data_ptr<T>(), *to_out = found.out.mutable_data_ptr<T>();
-  T* to_gate = gated ? found.gate.mutable_data_ptr<T>() : nullptr;
-  T* to_b_in = gated ? nullptr : found.b_in.mutable_data_ptr<T>();
-  T* to_b_out = gated ? nullptr : found.b_out.mutable_data_ptr<T>();
-  const int64_t matrices = gated ? 3 : 2;
-  run_tasks(num_experts * matrices, [&](int64_t number) {
-    const int64_t expert = number / matrices, which = number % matrices;
+  T *to_gate = found.gate.mutable_data_ptr<T>(), *to_b_in = found.b_in.mutable_data_ptr<T>();
+  T* to_b_out = found.b_out.mutable_data_ptr<T>();
+  const auto of_weights = [&](int64_t expert, int64_t which) {
     const int64_t begin = layout.begin_of(expert), rows = layout.ends[expert] - begin;
     const auto product = [&](const T* left, int64_t height, const T* right, int64_t width, T* to) {
       Tensor result = matrix(to + expert * height * width, height, width);
@@ -358,8 +372,67 @@ Gradients backward(const Tensor& dy_TKD, const Tensor& x_TD, const Tensor& row_o
     if (which == 2) product(x_rows, d_model, d_gate, d_ff, to_gate);
     if (!gated && which == 0) sum_rows(d_hidden + begin * d_ff, rows, d_ff, to_b_in + expert * d_ff);
     if (!gated && which == 1) sum_rows(dy_rows + begin * d_model, rows, d_model, to_b_out + expert * d_model);
-  });
+  };
+
+  if (layout.experts_fill_threads()) {  // an expert's weights' gradients at once, while its rows are in the cache
+    run_tasks(layout.num_experts, [&](int64_t expert) {
+      for (int64_t number = layout.first_tasks[expert]; number < layout.first_tasks[expert + 1]; ++number)
+        of_rows(layout.tasks[number]);
+      for (int64_t which = 0; which < matrices && need_weights; ++which) of_weights(expert, which);
+    });
+  } else {
+    run_tasks(layout.tasks.size(), [&](int64_t number) { of_rows(layout.tasks[number]); });
+    run_tasks(num_experts * matrices, [&](int64_t number) { of_weights(number / matrices, number % matrices); });
+  }
+  found.x = at::empty_like(x_TD);
+  sum_slots(layout, row_of_slot_TK, dx_rows, gated ? 2 : 1, found.x.mutable_data_ptr<T>(), d_model);
   return found;
+}
+
+// The weighted sum of each token's slots, in fp32.
+template <typename T>
+Tensor combine(const Tensor& y_TKD, const Tensor& weights_TK) {
+  const int64_t num_tokens = y_TKD.size(0), num_slots = y_TKD.size(1), d_model = y_TKD.size(2);
+  Tensor out_TD = at::empty({num_tokens, d_model}, y_TKD.options());
+  const T* y = y_TKD.const_data_ptr<T>();
+  const float* weights = weights_TK.const_data_ptr<float>();
+  T* out = out_TD.mutable_data_ptr<T>();
+  at::parallel_for(0, num_tokens, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t at = 0; at < d_model; at += WIDTH) {
+        const int64_t count = std::min(WIDTH, d_model - at);
+        Floats sum(0.0f);
+        for (int64_t slot = token * num_slots; slot < (token + 1) * num_slots; ++slot)
+          sum = at::vec::fmadd(Floats(weights[slot]), load(y + slot * d_model + at, count), sum);
+        store(sum, out + token * d_model + at, count);
+      }
+    }
+  });
+  return out_TD;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout_TD, const Tensor& y_TKD, const Tensor& weights_TK) {
+  const int64_t num_tokens = y_TKD.size(0), num_slots = y_TKD.size(1), d_model = y_TKD.size(2);
+  Tensor dy_TKD = at::empty_like(y_TKD), dweights_TK = at::empty_like(weights_TK);
+  const T *dout = dout_TD.const_data_ptr<T>(), *y = y_TKD.const_data_ptr<T>();
+  const float* weights = weights_TK.const_data_ptr<float>();
+  T* dy = dy_TKD.mutable_data_ptr<T>();
+  float* dweights = dweights_TK.mutable_data_ptr<float>();
+  at::parallel_for(0, num_tokens, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin * num_slots; slot < end * num_slots; ++slot) {
+      const Floats weight(weights[slot]);
+      Floats product(0.0f);
+      for (int64_t at = 0; at < d_model; at += WIDTH) {
+        const int64_t count = std::min(WIDTH, d_model - at);
+        const Floats gradient = load(dout + slot / num_slots * d_model + at, count);
+        product = at::vec::fmadd(gradient, load(y + slot * d_model + at, count), product);
+        store(gradient * weight, dy + slot * d_model + at, count);
+      }
+      dweights[slot] = at::vec::vec_reduce_all<float>([](Floats& a, Floats& b) { return a + b; }, product);
+    }
+  });
+  return {dy_TKD, dweights_TK};
 }
 
 template <typename Run>
@@ -394,6 +467,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   return {found.x, found.gate, found.in, found.b_in, found.out, found.b_out};
 }
 
+Tensor combine_any(const Tensor& y_TKD, const Tensor& weights_TK) {
+  return dispatch(y_TKD.scalar_type(), [&](auto zero) { return combine<decltype(zero)>(y_TKD, weights_TK); });
+}
+
+std::tuple<Tensor, Tensor> combine_backward_any(const Tensor& dout_TD, const Tensor& y_TKD, const Tensor& weights_TK) {
+  return dispatch(y_TKD.scalar_type(),
+                  [&](auto zero) { return combine_backward<decltype(zero)>(dout_TD, y_TKD, weights_TK); });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(smoe_train, library) {
@@ -404,9 +486,13 @@ TORCH_LIBRARY(smoe_train, library) {
       "experts_backward(Tensor dy, Tensor x, Tensor row_of_slot, Tensor rows_per_expert, Tensor gate, Tensor hidden, "
       "str kind, Tensor? w_gate, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, bool need_weights) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("combine(Tensor y, Tensor weights) -> Tensor");
+  library.def("combine_backward(Tensor dout, Tensor y, Tensor weights) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(smoe_train, CPU, library) {
   library.impl("experts_forward", &experts_forward);
   library.impl("experts_backward", &experts_backward);
+  library.impl("combine", &combine_any);
+  library.impl("combine_backward", &combine_backward_any);
 }

@@ -73,3 +73,28 @@ def run_experts(x_TD: Tensor, row_of_slot_TK: Tensor, rows_per_expert_E: Tensor,
     """
     y_TKD: Tensor = _Experts.apply(x_TD, row_of_slot_TK, rows_per_expert_E, kind, *weights)  # type: ignore[no-untyped-call]
     return y_TKD
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        y_TKD, weights_TK = y_TKD.contiguous(), weights_TK.contiguous()
+        ctx.save_for_backward(y_TKD, weights_TK)
+        out_TD: Tensor = torch.ops.smoe_train.combine(y_TKD, weights_TK)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        dy_TKD, dweights_TK = torch.ops.smoe_train.combine_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        return dy_TKD, dweights_TK
+
+
+def combine(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """Returns the weighted sum [T, D] of each token's slots, added up in fp32 and rounded once.
+
+    Args:
+        y_TKD: fp32 or bf16 on the CPU.
+        weights_TK: fp32.
+    """
+    out_TD: Tensor = _Combine.apply(y_TKD, weights_TK)  # type: ignore[no-untyped-call]
+    return out_TD

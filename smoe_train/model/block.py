@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +40,10 @@ class Block(nn.Module):
         self.moe = moe
         kind: Any = config.feed_forward
         self.feed_forward = FeedForward(config.d_model, config.d_ff, kind) if moe is None else None
-        self.recompute = False
+        self.recompute_attention = False
+        self.recompute_feed_forward = False
+        self.compiled_attend: Any = None
+        self.compiled_feed: Any = None
 
     def forward(
         self,
@@ -51,30 +55,42 @@ class Block(nn.Module):
         cache: Any = None,
     ) -> tuple[Tensor, Merged | None]:
         """Returns the block's output [B, S, D] and, from an MoE layer, its losses and stats."""
-        if self.recompute and self.training:
-            x_BSD = checkpoint(self._attend, x_BSD, rotation, allowed, use_reentrant=False)
+        # Only what training runs is compiled: with a cache, or in evaluation, shapes vary too much to be worth it.
+        compiled = self.training and self.compiled_attend is not None
+        attend = self.compiled_attend if compiled else self._attend
+        feed = self.compiled_feed if compiled else self._feed
+        if self.recompute_attention and self.training:
+            x_BSD, inner_BSD = checkpoint(attend, x_BSD, rotation, allowed, use_reentrant=False)
         else:
-            x_BSD = self._attend(x_BSD, rotation, allowed, cache)
-        inner_BSD = self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
+            x_BSD, inner_BSD = attend(x_BSD, rotation, allowed, cache)
         merged = None
         if self.moe is not None:
             merged = self.moe(inner_BSD.reshape(-1, inner_BSD.shape[-1]), token_ids_BS.reshape(-1), context)
             y_BSD = merged.out_TD.view(inner_BSD.shape)
         else:
-            assert self.feed_forward is not None
-            recompute = self.recompute and self.training
-            y_BSD = (
-                checkpoint(self.feed_forward, inner_BSD, use_reentrant=False)
-                if recompute
-                else self.feed_forward(inner_BSD)
-            )
+            recompute = self.recompute_feed_forward and self.training
+            y_BSD = checkpoint(feed, inner_BSD, use_reentrant=False) if recompute else feed(inner_BSD)
         return self._add(x_BSD, y_BSD, self.feed_forward_norm), merged
+
+    def compile_dense_parts(self) -> None:
+        """Lets training run attention, norms and a dense feed-forward as torch compiles them; experts stay as they are.
+
+        Layers of one shape share what is compiled.
+        """
+        self.compiled_attend, self.compiled_feed = torch.compile(self._attend), torch.compile(self._feed)
 
     def _attend(
         self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, allowed: Tensor | None, cache: Any = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the stream behind the attention, and what the feed-forward is given of it."""
         inner_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
-        return self._add(x_BSD, self.attention(inner_BSD, rotation, allowed, cache), self.attention_norm)
+        x_BSD = self._add(x_BSD, self.attention(inner_BSD, rotation, allowed, cache), self.attention_norm)
+        return x_BSD, self.feed_forward_norm(x_BSD) if self.pre_norm else x_BSD
+
+    def _feed(self, inner_BSD: Tensor) -> Tensor:
+        assert self.feed_forward is not None
+        y_BSD: Tensor = self.feed_forward(inner_BSD)
+        return y_BSD
 
     def _add(self, x_BSD: Tensor, y_BSD: Tensor, norm: nn.Module) -> Tensor:
         total_BSD = x_BSD + F.dropout(y_BSD, self.dropout, self.training)

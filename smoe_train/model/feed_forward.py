@@ -83,8 +83,8 @@ class StackedExperts(nn.Module):
                 set_values(parameter, torch.zeros(parameter.shape))
                 continue
             shape = tuple(parameter.shape[1:])
-            values = [draw.normal(f"{name}/{expert}", shape, self._std[name]) for expert in self.expert_ids]
-            set_values(parameter, torch.stack(values))
+            for expert, one in zip(self.expert_ids, parameter.detach().unbind(0), strict=True):
+                set_values(one, draw.normal(f"{name}/{expert}", shape, self._std[name]))
 
     def forward(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Returns the uncombined outputs [T, K, D] of the planned experts on each token, zero in empty slots.

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from smoe_train.config import StrictModel
 
 if TYPE_CHECKING:
     from torch import nn
 
+AttentionForm = Literal["sdpa", "matmul", "auto"]
 ExpertsForm = Literal["torch", "cpp", "auto"]
+Recompute = Literal["none", "attention", "experts", "all"]  # what is computed again in the backward pass
 
 
 class PerformanceConfig(StrictModel):
@@ -22,6 +26,16 @@ class PerformanceConfig(StrictModel):
     """The experts on a CPU. ``torch``: PyTorch's operations. ``cpp``: an operator that is compiled at the first use on
     a machine (about 10 s; needs a C++ compiler), for fp32 and bf16; accelerators keep to PyTorch's grouped product.
     ``auto``: ``cpp`` where it can be compiled, and a note where not."""
+    attention: AttentionForm = "sdpa"
+    """``sdpa``: torch's fused kernels. ``matmul``: two products and a softmax over all scores, which take memory with
+    the square of the sequence and are rounded to bf16 in between. ``auto``: ``matmul`` where that is faster by
+    measurement, which is in bf16 on a CPU for sequences up to 256 tokens, else ``sdpa``."""
+    compile: bool = False
+    """Whether attention, norms, dense feed-forwards and the loss are compiled by torch for training. The first step
+    takes up to a minute longer; experts and routers stay as they are, since their shapes change in every step."""
+    logits_chunk_tokens: int | None = Field(None, ge=1)
+    """Tokens whose logits over the vocabulary exist at once when a language model's loss is computed; null for all of a
+    micro-batch. A large vocabulary's logits and their gradients are then the largest tensors of a step."""
 
 
 def apply_performance(model: nn.Module, config: PerformanceConfig, device_type: str) -> list[str]:
@@ -35,12 +49,39 @@ def apply_performance(model: nn.Module, config: PerformanceConfig, device_type: 
     Raises:
         LaunchError: A form was asked for that cannot be had on this machine.
     """
-    return _fuse_experts(model, config.experts, device_type)
+    notes = _fuse_experts(model, config.experts, device_type) + chunk_logits(model, config)
+    return notes + _dense_parts(model, config)
+
+
+def _dense_parts(model: nn.Module, config: PerformanceConfig) -> list[str]:
+    from smoe_train.model.attention import Attention
+    from smoe_train.model.block import Block
+    from smoe_train.model.causal_lm import SmoeForCausalLM
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.form = config.attention
+        elif isinstance(module, Block) and config.compile:
+            module.compile_dense_parts()
+        elif isinstance(module, SmoeForCausalLM) and config.compile and config.logits_chunk_tokens is None:
+            module.compile_loss()
+    return ["attention, norms and dense feed-forwards: compiled by torch"] if config.compile else []
+
+
+def chunk_logits(model: nn.Module, config: PerformanceConfig) -> list[str]:
+    """Lets a language model compute its loss without the logits of all tokens, if configured; returns notes on it."""
+    from smoe_train.model.causal_lm import SmoeForCausalLM
+
+    if config.logits_chunk_tokens is None or not isinstance(model, SmoeForCausalLM):
+        return []
+    model.logits_chunk_tokens = config.logits_chunk_tokens
+    return [f"loss: the logits of {config.logits_chunk_tokens} tokens at a time"]
 
 
 def _fuse_experts(model: nn.Module, form: ExpertsForm, device_type: str) -> list[str]:
     from smoe_train.kernels.build import load_experts_kernel, why_not
     from smoe_train.model.feed_forward import StackedExperts
+    from smoe_train.routing import Router
 
     stacks = [module for module in model.modules() if isinstance(module, StackedExperts)]
     if form == "torch" or device_type != "cpu" or not stacks:
@@ -48,6 +89,7 @@ def _fuse_experts(model: nn.Module, form: ExpertsForm, device_type: str) -> list
     if form == "auto" and (missing := why_not()) is not None:
         return [f"experts: PyTorch's operations, as {missing}"]
     load_experts_kernel()
-    for stack in stacks:
-        stack.fused = True
+    for module in model.modules():
+        if isinstance(module, (StackedExperts, Router)):
+            module.fused = True
     return ["experts: the compiled operator"]

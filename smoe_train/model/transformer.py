@@ -22,6 +22,7 @@ from smoe_train.model.expert_bank import BankFactory, LocalExpertBank
 from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.model.initialise import Initialisable, KeyedDraw, initial_names, initialise_module
 from smoe_train.model.moe import MoeLayer
+from smoe_train.model.performance import Recompute
 from smoe_train.model.smoe_config import SmoeConfig
 from smoe_train.routing import ROUTERS, Context, Router, RouterShape, StepTotals
 from smoe_train.routing.contract import same_on_one_rank
@@ -49,12 +50,14 @@ class SmoeOutput(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         loss: Task loss plus weighted router losses, if labels were given.
-        logits: [B, S, V], or the last hidden states' projection only for the positions asked for.
+        logits: [B, S, V], or the last hidden states' projection only for the positions asked for; None where the loss
+            is computed without them.
         last_hidden_state: [B, S, D].
         past_key_values: The cache, if one is used.
         router_losses: Auxiliary losses by name, means over the MoE layers, without coefficients.
         routing_stats: Summable statistics of each MoE layer by layer index.
         experts_of_token: int64 [B, S], how many experts each token visited, by layer index.
+        task_loss: The language model's loss without router losses, if labels or targets were given.
     """
 
     loss: Tensor | None = None
@@ -64,6 +67,7 @@ class SmoeOutput(ModelOutput):  # type: ignore[misc]
     router_losses: dict[str, Tensor] | None = None
     routing_stats: dict[int, Mapping[str, Tensor]] | None = None
     experts_of_token: dict[int, Tensor] | None = None
+    task_loss: Tensor | None = None
 
 
 class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -122,11 +126,14 @@ class SmoePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             if kinds & self.frozen_parts:
                 module.requires_grad_(False)
 
-    def recompute_activations(self, enabled: bool = True) -> None:
-        """Chooses whether attention and experts are computed again in the backward pass instead of stored."""
+    def recompute_activations(self, policy: Recompute = "all") -> None:
+        """Chooses what is computed again in the backward pass instead of stored; ``experts`` are all feed-forwards."""
         for module in self.modules():
-            if isinstance(module, (Block, MoeLayer)):
-                module.recompute = enabled
+            if isinstance(module, Block):
+                module.recompute_attention = policy in ("attention", "all")
+                module.recompute_feed_forward = policy in ("experts", "all")
+            elif isinstance(module, MoeLayer):
+                module.recompute = policy in ("experts", "all")
 
     def moe_layers(self) -> dict[int, MoeLayer]:
         """Returns the MoE layers by layer index."""

@@ -21,9 +21,12 @@ from torch import Tensor
 from smoe_train.parallel.all_to_all import all_to_all, exchange
 from smoe_train.parallel.contest import Choose, Contested, Once, Respond, in_chunks, run_all
 from smoe_train.parallel.dispatch_plan import DispatchPlan, Experts, plan_dispatch, returned_to_slot_order
+from smoe_train.parallel.traffic import count_rows
 
 # torch 2.13 has renamed it and warns about the name that earlier versions have.
 _gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+TOKENS, RESPONSES, WINNERS, OUTPUTS = "contest_tokens", "contest_responses", "contest_winners", "contest_outputs"
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,14 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, place: Place) -> Tensor:
         ctx.place = place
-        return _gather(rows, place)
+        return _gather(rows, place, TOKENS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         num_ranks, (grad,) = ctx.place.num_ranks, grads
         even = [grad.shape[0] // num_ranks] * num_ranks
-        received = exchange(grad, even, even, ctx.place.group).view(num_ranks, even[0], *grad.shape[1:])
+        received = exchange(grad, even, even, ctx.place.group, f"{TOKENS}_gradients")
+        received = received.view(num_ranks, even[0], *grad.shape[1:])
         return received.sum(dim=0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype), None
 
 
@@ -113,13 +117,14 @@ def contest_across(
         responses_tE = _responses_home(respond(y_ULD.flatten(0, 1)).view(y_ULD.shape[:2]), place)
         plan = once(lambda: _plan_return(choose(responses_tE.detach(), part), place))
         rows = y_ULD.flatten(0, 1).index_select(0, plan.rows_to_send)
-        returned = all_to_all(rows, plan.send_rows, plan.receive_rows, place.group)
+        returned = all_to_all(rows, plan.send_rows, plan.receive_rows, place.group, OUTPUTS)
         return responses_tE, plan.expert_ids_tK, returned_to_slot_order(returned, plan.home)
 
     return in_chunks(run, x_TD, chunk_tokens, recompute)
 
 
-def _gather(rows: Tensor, place: Place) -> Tensor:
+def _gather(rows: Tensor, place: Place, kind: str) -> Tensor:
+    count_rows(kind, rows, (place.num_ranks - 1) * rows.shape[0])
     gathered = rows.new_empty((place.num_ranks * rows.shape[0], *rows.shape[1:]))
     _gather_into(gathered, rows.contiguous(), group=place.group)
     return gathered
@@ -129,7 +134,7 @@ def _responses_home(responses_UL: Tensor, place: Place) -> Tensor:
     """Sends the responses of this rank's experts to the tokens' home ranks; returns those of all experts [t, E]."""
     num_tokens = responses_UL.shape[0] // place.num_ranks
     even = [num_tokens] * place.num_ranks
-    received_UL = all_to_all(responses_UL, even, even, place.group)
+    received_UL = all_to_all(responses_UL, even, even, place.group, RESPONSES)
     received_PtL = received_UL.view(place.num_ranks, num_tokens, place.experts_per_rank)
     return received_PtL.transpose(0, 1).reshape(num_tokens, place.num_ranks * place.experts_per_rank)
 
@@ -138,7 +143,7 @@ def _plan_return(expert_ids_tK: Tensor, place: Place) -> ReturnPlan:
     """Tells all ranks who won, so that each knows what to send and what to expect."""
     # Floor division keeps empty slots, which are -1, negative: no rank's.
     home = plan_dispatch(expert_ids_tK // place.experts_per_rank, place.num_ranks)
-    ids_UK = _gather(expert_ids_tK.to(torch.int32), place).to(torch.int64)
+    ids_UK = _gather(expert_ids_tK.to(torch.int32), place, WINNERS).to(torch.int64)
     is_here = (ids_UK // place.experts_per_rank == place.index).flatten()
     send = is_here.view(place.num_ranks, -1).sum(dim=1)
     send_rows, receive_rows = torch.stack([send, home.rows_per_expert_E]).tolist()

@@ -8,19 +8,21 @@ parameters by ``isinstance(module, MoE)`` and by two attributes on each paramete
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from smoe_train.parallel.all_to_all import all_to_all, exchange
+from smoe_train.parallel.all_to_all import all_to_all, start_exchange
 from smoe_train.parallel.contest import Choose, Contested, Respond, contest_here
 from smoe_train.parallel.contest_exchange import Place, contest_across
 from smoe_train.parallel.dispatch_plan import (
     DispatchPlan,
+    count_slots,
+    plan_blocks,
     plan_dispatch,
     returned_to_slot_order,
     row_multiple,
@@ -29,21 +31,44 @@ from smoe_train.parallel.dispatch_plan import (
 from smoe_train.parallel.topology import Topology
 
 
-@dataclass(frozen=True)
-class ExchangePlan:
-    """How the tokens of one layer reach their experts and come back.
+class Agreed(NamedTuple):
+    """What the ranks agree on.
 
     Attributes:
-        home: Order of this rank's tokens by global expert.
         send_rows: Rows for each rank of the group.
         receive_rows: Rows from each rank of the group.
         here: Order of the received rows by expert of this rank.
     """
 
-    home: DispatchPlan
     send_rows: list[int]
     receive_rows: list[int]
     here: DispatchPlan
+
+
+class ExchangePlan:
+    """How the tokens of one layer reach their experts and come back.
+
+    Args:
+        sent_PL: Rows for each of the L experts of the group's P ranks.
+        received_PL: Where the other ranks' rows for this rank's experts arrive.
+        work: To be waited for before these are read.
+        home: Order of this rank's tokens by global expert.
+        multiple: What each expert's rows are rounded up to.
+    """
+
+    def __init__(self, sent_PL: Tensor, received_PL: Tensor, work: Any, home: DispatchPlan, multiple: int) -> None:
+        self.home = home
+        self._counts = (sent_PL, received_PL)
+        self._work = work
+        self._multiple = multiple
+
+    @cached_property
+    def agreed(self) -> Agreed:
+        """What the ranks agree on; waits for the others when it is first read, and the host for the device."""
+        self._work.wait()
+        sent_PL, received_PL = self._counts
+        send_rows, receive_rows = torch.stack([sent_PL.sum(1), received_PL.sum(1)]).tolist()
+        return Agreed(send_rows, receive_rows, plan_blocks(received_PL, sum(receive_rows), self._multiple))
 
 
 class FrozenExpertBank(nn.Module):
@@ -51,7 +76,8 @@ class FrozenExpertBank(nn.Module):
 
     Tokens are sorted by expert, sent to the experts' ranks in an all-to-all of uneven blocks, computed there, sent
     back and put into slot order on their home rank. No token is dropped. Ranks without tokens and experts without
-    tokens take part with zero rows. One host synchronisation a layer: the split sizes.
+    tokens take part with zero rows. Three collectives forward (counts, which travel while tokens are sorted and copied;
+    rows there; rows back) and two backward; one host synchronisation: the split sizes.
 
     DeepSpeed's engine takes no notice of its experts, which must not be trained: ZeRO refuses a model whose MoE layers
     have nothing to train.
@@ -85,29 +111,27 @@ class FrozenExpertBank(nn.Module):
             groups._create_expert_and_data_parallel(self.ep_size)
         self._group = groups._get_expert_parallel_group(self.expert_group_name)
 
-    def plan(self, x_TD: Tensor, expert_ids_TK: Tensor) -> ExchangePlan:
-        """Agrees with the other ranks on who sends how many rows to whom."""
+    def plan(self, x_TD: Tensor, expert_ids_TK: Tensor) -> DispatchPlan | ExchangePlan:
+        """Tells the other ranks who sends how many rows to whom, and sorts this rank's tokens meanwhile."""
+        multiple = row_multiple(x_TD)
         if self.ep_size == 1:
-            home = plan_dispatch(expert_ids_TK, self.num_experts, row_multiple(x_TD))
-            return ExchangePlan(home, [], [], home)
-        home = plan_dispatch(expert_ids_TK, self.num_experts)
-        sent_RL = home.rows_per_expert_E.view(self.ep_size, self.num_local_experts)
+            return plan_dispatch(expert_ids_TK, self.num_experts, multiple)
+        counts = count_slots(expert_ids_TK, self.num_experts)
+        sent_PL = counts[:-1].view(self.ep_size, self.num_local_experts)
         even = [1] * self.ep_size
-        received_RL = exchange(sent_RL, even, even, self._group)
-        send_rows, receive_rows = torch.stack([sent_RL.sum(1), received_RL.sum(1)]).tolist()
-        local_ids = torch.arange(self.num_local_experts, device=x_TD.device).repeat(self.ep_size)
-        local_ids = local_ids.repeat_interleave(received_RL.flatten(), output_size=sum(receive_rows))
-        here = plan_dispatch(local_ids.unsqueeze(1), self.num_local_experts, row_multiple(x_TD))
-        return ExchangePlan(home, send_rows, receive_rows, here)
+        received_PL, work = start_exchange(sent_PL, even, even, self._group, "counts")
+        home = plan_dispatch(expert_ids_TK, self.num_experts, counts=counts)
+        return ExchangePlan(sent_PL, received_PL, work, home, multiple)
 
-    def run(self, x_TD: Tensor, plan: ExchangePlan) -> Tensor:
+    def run(self, x_TD: Tensor, plan: DispatchPlan | ExchangePlan) -> Tensor:
         """Returns the uncombined outputs [T, K, D] of the assigned experts, zero in empty slots."""
-        if self.ep_size == 1:
-            return self._outputs(x_TD, plan.home)
-        rows = to_expert_order(x_TD, plan.home)[: sum(plan.send_rows)]
-        rows = all_to_all(rows, plan.send_rows, plan.receive_rows, self._group)
-        outputs = self._outputs(rows, plan.here).squeeze(1)
-        returned = all_to_all(outputs, plan.receive_rows, plan.send_rows, self._group)
+        if isinstance(plan, DispatchPlan):
+            return self._outputs(x_TD, plan)
+        rows = to_expert_order(x_TD, plan.home)  # while the counts travel
+        send_rows, receive_rows, here = plan.agreed
+        rows = all_to_all(rows[: sum(send_rows)], send_rows, receive_rows, self._group, "tokens")
+        outputs = self._outputs(rows, here).squeeze(1)
+        returned = all_to_all(outputs, receive_rows, send_rows, self._group, "outputs")
         return returned_to_slot_order(returned, plan.home)
 
     def _outputs(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:

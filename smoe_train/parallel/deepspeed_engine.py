@@ -135,39 +135,34 @@ class DeepSpeedEngine:
             optimizer.check_grad_overflow = True
 
     def _clip(self) -> Tensor:
-        shared, experts = torch.zeros(2, device=self._process.device).unbind()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        for parameter in parameters:
-            squared = parameter.grad.float().square().sum()  # type: ignore[union-attr]
-            if is_moe_param(parameter):
-                experts = experts + squared
-            else:
-                shared = shared + squared
+        shared, experts = (
+            nn.utils.get_total_norm([p.grad for p in parameters if is_moe_param(p) == of_experts])  # type: ignore[misc]
+            for of_experts in (False, True)
+        )
+        squared = experts.square()
         names = {p.group_name for p in parameters if is_moe_param(p)}  # type: ignore[attr-defined]
         for name in names:
-            dist.all_reduce(experts, group=groups._get_expert_parallel_group(name))
-        norm = (shared + experts).sqrt()
+            dist.all_reduce(squared, group=groups._get_expert_parallel_group(name))
+        norm = (shared.square() + squared).sqrt()
         if self._clip_here is not None:
-            scale = (self._clip_here / (norm + 1e-6)).clamp(max=1.0)
-            for parameter in parameters:
-                parameter.grad.mul_(scale)  # type: ignore[union-attr]
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_here, norm)
         self.gradient_norm = norm
         return norm
 
-    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Returns fp32 copies of a parameter's master weights and moments; a collective under ZeRO.
+    def read_state(self, parameter: nn.Parameter, copy: bool = True) -> dict[str, Tensor]:
+        """Returns a parameter's master weights and moments in fp32; a collective under ZeRO.
 
         Keys: ``weight``, and ``exp_avg``, ``exp_avg_sq`` once the optimizer has stepped. Parameters that are not
-        trained have their weight only. Experts' values are those of this rank's experts.
+        trained have their weight only. Experts' values are those of this rank's experts. Without ``copy`` they are,
+        where nothing has to be gathered, what the next step changes.
         """
         if not parameter.requires_grad:
-            return {"weight": parameter.detach().float().clone()}
+            return {"weight": parameter.detach().to(torch.float32, copy=copy)}
         if self._stage == 0:
             moments = self._optimizer.state.get(parameter, {})
-            return {
-                "weight": parameter.detach().float().clone(),
-                **{key: moments[key].detach().clone() for key in MOMENTS if key in moments},
-            }
+            held = {"weight": parameter, **{key: moments[key] for key in MOMENTS if key in moments}}
+            return {key: value.detach().to(torch.float32, copy=copy) for key, value in held.items()}
         state = {"weight": safe_get_full_fp32_param(parameter)}
         if self.optimizer_steps():
             state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}

@@ -55,31 +55,38 @@ def row_multiple(x: Tensor) -> int:
     return CPU_LOW_PRECISION_ROWS if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
 
 
-def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, multiple: int = 1) -> DispatchPlan:
+def count_slots(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Returns int64 how many slots each expert has, and last how many none has: [E + 1]."""
+    bins_N = torch.where(expert_ids_TK >= 0, expert_ids_TK, num_experts).reshape(-1)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=bins_N.device)
+    return counts.index_add_(0, bins_N, torch.ones_like(bins_N))
+
+
+def plan_dispatch(
+    expert_ids_TK: Tensor, num_experts: int, multiple: int = 1, counts: Tensor | None = None
+) -> DispatchPlan:
     """Plans the sort by expert; among one expert's rows the order of tokens is kept.
 
     Args:
         expert_ids_TK: int64 ids in [0, num_experts), or negative for an empty slot.
         num_experts: E.
         multiple: Each expert's rows are rounded up to a multiple of this.
+        counts: What `count_slots` returns, if it was called before.
     """
     ids_N = expert_ids_TK.reshape(-1)
     num_slots, device = ids_N.numel(), ids_N.device
     valid_N = ids_N >= 0
     bins_N = torch.where(valid_N, ids_N, num_experts)
     sorted_bins_N, slot_of_rank_N = torch.sort(bins_N, stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
-    counts.index_add_(0, bins_N, torch.ones_like(bins_N))
+    if counts is None:
+        counts = count_slots(expert_ids_TK, num_experts)
     rows = counts.clone()
-    rows[:num_experts] = (counts[:num_experts] + multiple - 1) // multiple * multiple
-    first_rank = torch.cumsum(counts, 0) - counts
-    first_row = torch.cumsum(rows, 0) - rows
-    rank_N = torch.arange(num_slots, device=device)
-    row_of_rank_N = first_row[sorted_bins_N] + rank_N - first_rank[sorted_bins_N]
+    rows[:num_experts] = _round_up(counts[:num_experts], multiple)
+    shift = _before(rows) - _before(counts)
+    row_of_rank_N = torch.arange(num_slots, device=device) + shift[sorted_bins_N]
     row_of_slot_N = torch.empty_like(bins_N).scatter_(0, slot_of_rank_N, row_of_rank_N)
-    num_rows = num_slots + num_experts * (multiple - 1)
+    num_rows = _rows_to_allocate(rows[:num_experts], num_slots, multiple)
     if device.type == "cpu":
-        num_rows = int(rows[:num_experts].sum())
         row_of_slot_N = row_of_slot_N.clamp(max=num_rows)
     return DispatchPlan(
         row_of_slot_TK=row_of_slot_N.view(expert_ids_TK.shape),
@@ -87,6 +94,42 @@ def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, multiple: int = 1) ->
         rows_per_expert_E=rows[:num_experts],
         num_rows=num_rows,
     )
+
+
+def plan_blocks(counts_PE: Tensor, num_tokens: int, multiple: int = 1) -> DispatchPlan:
+    """Plans the sort by expert of tokens that come in blocks, each of which is in that order already; one slot a token.
+
+    The plan is that of `plan_dispatch`, without a sort.
+
+    Args:
+        counts_PE: int64 tokens of each expert in each of P blocks.
+        num_tokens: T, their sum.
+        multiple: Each expert's rows are rounded up to a multiple of this.
+    """
+    rows_E = _round_up(counts_PE.sum(0), multiple)
+    first_token_PE = _before(counts_PE.flatten()).view(counts_PE.shape)
+    shift_PE = _before(rows_E) + _before(counts_PE) - first_token_PE
+    shift_T = shift_PE.flatten().repeat_interleave(counts_PE.flatten(), output_size=num_tokens)
+    row_T = torch.arange(num_tokens, device=counts_PE.device) + shift_T
+    return DispatchPlan(
+        row_of_slot_TK=row_T.unsqueeze(1),
+        valid_TK=torch.ones_like(row_T, dtype=torch.bool).unsqueeze(1),
+        rows_per_expert_E=rows_E,
+        num_rows=_rows_to_allocate(rows_E, num_tokens, multiple),
+    )
+
+
+def _round_up(counts: Tensor, multiple: int) -> Tensor:
+    return (counts + multiple - 1) // multiple * multiple
+
+
+def _before(counts: Tensor) -> Tensor:
+    """Returns the sums of what comes before each entry in the first dimension."""
+    return torch.cumsum(counts, 0) - counts
+
+
+def _rows_to_allocate(rows_E: Tensor, num_slots: int, multiple: int) -> int:
+    return int(rows_E.sum()) if rows_E.device.type == "cpu" else num_slots + rows_E.numel() * (multiple - 1)
 
 
 def plan_everyone(num_tokens: int, num_experts: int, device: torch.device) -> DispatchPlan:
@@ -144,14 +187,15 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, row_of_slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_slot_TK)
+        # As an attribute: a recomputation ends with the last tensor saved for it, and must not bring rows home again.
+        ctx.row_of_slot_TK = row_of_slot_TK
         ctx.num_rows = y_RD.shape[0]
         y_ND = _gather(y_RD, row_of_slot_TK.reshape(-1), may_exceed=False)
         return y_ND.view(*row_of_slot_TK.shape, y_RD.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (row_of_slot_TK,) = ctx.saved_tensors
+        row_of_slot_TK = ctx.row_of_slot_TK
         grad_ND = grads[0].reshape(row_of_slot_TK.numel(), grads[0].shape[2])
         slot_of_row_R = _slot_of_row(row_of_slot_TK, ctx.num_rows)
         return _gather(grad_ND, slot_of_row_R, ctx.num_rows != grad_ND.shape[0]), None

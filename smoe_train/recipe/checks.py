@@ -91,6 +91,9 @@ def _task_checks(recipe: Recipe) -> Found:
         if recipe.evaluation.max_tokens is not None:
             message = "has no effect on classification; use task.selection_examples"
             found.append(("evaluation.max_tokens", message, ("task.type",)))
+        if recipe.performance.logits_chunk_tokens is not None:
+            message = "has no effect on classification, which has no logits over the vocabulary; leave it out"
+            found.append(("performance.logits_chunk_tokens", message, ("task.type",)))
         default = SequenceClassificationConfig.model_fields["length_window"].default
         if recipe.curriculum.order is not None and task.length_window not in (1, default):
             message = "has no effect: curriculum.order says which examples stand together; leave it out"

@@ -83,7 +83,8 @@ class CompeteSmoeConfig(SoftmaxTopKConfig):
     """Weight of the further terms of distillation hybrid and tribrid."""
     competition_chunk_tokens: int | None = Field(None, ge=1)
     """Tokens of a rank that compete at once; null for all of a micro-batch. Fewer bound the memory of a contest, N / K
-    times that of a routed layer, with training.activation_checkpointing; without it, only what is held in passing."""
+    times that of a routed layer, if training.activation_checkpointing is experts or all; otherwise only what is held
+    in passing."""
     router_coefficient: float = Field(0.01, ge=0.0)
     """Weight of the router's distillation loss (mean over MoE layers, 0 in those that do not compete)."""
     diversity_coefficient: float = Field(0.01, ge=0.0)

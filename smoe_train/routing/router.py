@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from smoe_train import kernels
 from smoe_train.routing.contract import (
     EMPTY_SLOT,
     Assignment,
@@ -37,6 +38,7 @@ class Router(nn.Module, ABC):
         causal: Whether a token's routing depends on no later token; False makes a policy useless for generation.
         selects_by_logits: Whether a token's k experts are those with its k highest logits.
         looks_back_tokens: Earlier tokens of a sequence that decide about one; generation then runs without a cache.
+        fused: Whether outputs are combined by the operator of `smoe_train.kernels`, which must be loaded.
         paper: Where the policy comes from, with its arXiv id.
         summary: The idea in one line.
     """
@@ -53,6 +55,7 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.shape = shape
+        self.fused = False
 
     @classmethod
     def build(cls, config: RouterConfig, shape: RouterShape, num_layers: int) -> list[Router]:
@@ -109,9 +112,15 @@ class Router(nn.Module, ABC):
             y_TKD: Uncombined expert outputs in slot order, zero in empty slots.
             context: The decisions for this pass.
         """
-        out_TD = torch.bmm(assignment.weights_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
+        out_TD = self.combine(y_TKD, assignment.weights_TK)
         experts_of_token_T = (assignment.expert_ids_TK != EMPTY_SLOT).sum(dim=1)
         return Merged(out_TD, experts_of_token_T, self.losses(assignment, context), routing_stats(assignment, context))
+
+    def combine(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        """Returns the weighted sum [T, D] of each token's slots, in the dtype of the outputs."""
+        if self.fused and kernels.supports(y_TKD, y_TKD) and weights_TK.dtype == torch.float32:
+            return kernels.combine(y_TKD, weights_TK)
+        return torch.bmm(weights_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
     def trained_by(self, context: Context) -> dict[str, frozenset[str]]:
         """Returns, for the task (``task``) and each auxiliary loss, the own parameters that get gradient from it.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from smoe_train.config import StrictModel
+from smoe_train.model.performance import Recompute
 
 StatisticsScope = Literal["step", "micro_batch"]
+
+
+def _from_switch(value: Any) -> Any:
+    """Returns the policy that a switch stands for, as recipes had it first."""
+    return {True: "all", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class TrainingConfig(StrictModel):
@@ -41,8 +47,9 @@ class TrainingConfig(StrictModel):
     """Before step 0, check on one micro-batch that each loss reaches the parameters it should and, of its layer, no
     others, that the optimizer holds each trainable parameter once, and after the first step that experts have changed.
     A few forward and backward passes of one micro-batch; changes nothing."""
-    activation_checkpointing: bool = False
-    """Compute attention and experts again in the backward pass instead of storing them; routing is replayed."""
+    activation_checkpointing: Annotated[Recompute, BeforeValidator(_from_switch, bool | Recompute)] = "none"
+    """What is computed again in the backward pass instead of stored: ``attention``, ``experts`` (and dense feed-forward
+    networks), ``all`` (both; also ``true``) or ``none`` (also ``false``). Routing is replayed, never made again."""
 
 
 class OptimizerConfig(StrictModel):

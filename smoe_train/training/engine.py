@@ -95,13 +95,11 @@ class LocalEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return updated
 
-    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Returns copies of a parameter's weight and, once there are some, its moments."""
+    def read_state(self, parameter: nn.Parameter, copy: bool = True) -> dict[str, Tensor]:
+        """Returns a parameter's weight and, once there are some, its moments; copies, or what the next step changes."""
         moments = self._optimizer.state.get(parameter, {})
-        return {
-            "weight": parameter.detach().clone(),
-            **{key: value.detach().clone() for key, value in moments.items() if key != "step"},
-        }
+        state = {"weight": parameter, **{key: value for key, value in moments.items() if key != "step"}}
+        return {key: value.detach().clone() if copy else value.detach() for key, value in state.items()}
 
     def optimizer_steps(self) -> int:
         """Returns how many steps the optimizer has taken."""

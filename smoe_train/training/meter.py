@@ -33,6 +33,7 @@ class Meter:
         self._totals: list[Tensor] = []
         self._losses: list[dict[str, Tensor]] = []
         self._facts: list[dict[str, Any]] = []
+        self._sent_bytes: list[int] = []
         self._weights: list[Mapping[str, float]] = []
         self._step_stats: StatSums = {}
         self._routing: StatSums = {}
@@ -49,13 +50,14 @@ class Meter:
         """Returns whether what is trained on in the step so far is finite on this rank; waits for the device."""
         return bool(torch.stack(self._totals).isfinite().all())
 
-    def end_step(self, facts: Mapping[str, Any], weights: Mapping[str, float]) -> StatSums:
+    def end_step(self, facts: Mapping[str, Any], weights: Mapping[str, float], sent_bytes: int = 0) -> StatSums:
         """Closes a step: its losses are the means over its micro-batches.
 
         Args:
             facts: What else to record of the step; tensors are read when the window is. With a true ``skipped`` the
                 step does not count in the routing of the window.
             weights: The curriculum's factors on the coefficients of auxiliary losses in this step.
+            sent_bytes: What this rank sent to experts on other ranks and back, see `smoe_train.parallel.traffic`.
 
         Returns:
             The step's routing sums of this rank by layer.
@@ -64,6 +66,7 @@ class Meter:
         self._losses.append({name: sum_of(self._micro, name) / count for name in self._micro[0]})
         self._facts.append(dict(facts))
         self._weights.append(weights)
+        self._sent_bytes.append(sent_bytes)
         stats, self._step_stats, self._micro, self._totals = self._step_stats, {}, [], []
         if facts.get("skipped"):  # its routing is that of a fault, or was judged when training was taken back
             return stats
@@ -80,12 +83,14 @@ class Meter:
             return steps, []
         names = list(self._losses[0])
         table = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self._losses])
-        rows = (self._sum(table) / self._num_ranks).tolist()
+        sent = torch.tensor(self._sent_bytes, dtype=table.dtype, device=table.device).unsqueeze(1)
+        rows = (self._sum(torch.cat([table, sent], dim=1)) / self._num_ranks).tolist()
         seconds = (time.perf_counter() - self._start) / len(rows)
-        for facts, weights, row in zip(self._facts, self._weights, rows, strict=True):
+        for facts, weights, (*row, sent_bytes) in zip(self._facts, self._weights, rows, strict=True):
             values = dict(zip(names, row, strict=True))
             record = {key: float(value) if isinstance(value, Tensor) else value for key, value in facts.items()}
             record |= values
+            record |= {"expert_parallel_bytes": sent_bytes} if sent_bytes else {}
             record |= {
                 f"{name}_weighted": self._coefficients[name] * weights.get(name, 1.0) * values[name]
                 for name in names
@@ -93,7 +98,7 @@ class Meter:
             }
             steps.append({**record, "step_seconds": seconds})
         routing = routing_records(self._routing, int(self._facts[-1]["top_k"]), self._sum)
-        self._losses, self._facts, self._weights, self._routing = [], [], [], {}
+        self._losses, self._facts, self._weights, self._sent_bytes, self._routing = [], [], [], [], {}
         self._start = time.perf_counter()
         return steps, routing
 

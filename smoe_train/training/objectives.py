@@ -13,7 +13,6 @@ from smoe_train.model import (
     SmoeConfig,
     SmoeOutput,
     classification_loss,
-    language_model_loss,
     weighted_router_loss,
 )
 from smoe_train.routing import StepTotals
@@ -52,12 +51,15 @@ def language_modelling(
     """
     if knobs.sequence_length is not None:
         batch = batch.in_sequences_of(knobs.sequence_length)
-    output = forward(**model_inputs(batch), knobs=knobs, step_totals=step_totals)
     # Where every position has a label, the plain mean; otherwise micro-batches have different numbers of them.
     whole = batch.document_BS is None and not batch.has_padding
-    assert output.logits is not None
-    task = language_model_loss(output.logits, batch.labels, None if whole else batch.targets_per_micro_batch)
-    return _with_router_losses(task, output, config, knobs)
+    num_targets = None if whole else batch.targets_per_micro_batch
+    # The loss is the model's part: it may do without the logits of all tokens, and an engine sees the head's weight.
+    output = forward(
+        **model_inputs(batch), knobs=knobs, step_totals=step_totals, targets=batch.labels, num_targets=num_targets
+    )
+    assert output.task_loss is not None
+    return _with_router_losses(output.task_loss, output, config, knobs)
 
 
 def sequence_classification(

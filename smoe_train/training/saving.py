@@ -46,7 +46,7 @@ class Saver:
     failures: int = 0
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Tensor], best: bool) -> None:
-        """Copies the state and starts to write it; all ranks call it between two steps.
+        """Starts to write the state, or a copy of it; all ranks call it between two steps.
 
         Args:
             step: Optimizer steps taken.
@@ -58,7 +58,9 @@ class Saver:
             RunFailedError: Too many saves in a row have failed.
         """
         self.settle()  # of one that takes longer than the steps between two
-        files = collect(self.engine, self.process.rank, self.expert_parallel_size, self.process.device, extra)
+        # One that is waited for needs no copies: nothing changes before it is on disk.
+        copy, process = self.background, self.process
+        files = collect(self.engine, process.rank, self.expert_parallel_size, process.device, extra, copy)
         self.store.begin(step, files, state, best, self.tokenizer)
         if not self.background:
             self.settle()

@@ -17,6 +17,7 @@ from smoe_train.data.batches.loader import Indices, MicroBatch, TrainBatches
 from smoe_train.errors import CheckFailedError, RunFailedError, RunStoppedError
 from smoe_train.evaluation import StatSums
 from smoe_train.model import SmoePreTrainedModel
+from smoe_train.parallel import traffic
 from smoe_train.reporting import Journal
 from smoe_train.routing import StepTotals
 from smoe_train.schedules import Curriculum, Knobs, LearningRateConfig, learning_rate
@@ -26,6 +27,7 @@ from smoe_train.training.complexity import SampleOrder
 from smoe_train.training.config import EvaluationConfig, TrainingConfig
 from smoe_train.training.diagnosis import describe, find_non_finite
 from smoe_train.training.engine import Engine
+from smoe_train.training.heap import Heap
 from smoe_train.training.meter import Meter, routing_records
 from smoe_train.training.saving import Saver
 from smoe_train.training.state import TrainState
@@ -70,6 +72,7 @@ class Trainer:
         not_judged: Losses that were 0 in the self-test.
         best_on_disk: Cost and step of the best validation whose checkpoint was written.
         notes: What is to be said of the run before it begins.
+        heap: Gives memory back that varying shapes leave behind.
     """
 
     config: TrainingConfig
@@ -99,6 +102,7 @@ class Trainer:
     not_judged: list[str] = field(default_factory=list)
     best_on_disk: tuple[float | None, int | None] = (None, None)
     notes: list[str] = field(default_factory=list)
+    heap: Heap = field(default_factory=Heap)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: weights, optimizer, routers, generators and the position in the data."""
@@ -145,6 +149,7 @@ class Trainer:
         next_order = None if self.sample_order is None else self._order_samples
         for micro_batches in self.batches.steps(state.step, max_steps, next_order):
             self.beat("train")
+            sent_before = traffic.bytes_sent.total()
             knobs = self.curriculum.knobs(state.step)
             rate = learning_rate(self.learning_rate, state.step, max_steps)
             micro_batches = [batch.to(self.process.device) for batch in micro_batches]
@@ -172,7 +177,8 @@ class Trainer:
                 "top_k": knobs.top_k,
                 "gradient_norm": engine.gradient_norm if updated else math.nan,
             }
-            stats = meter.end_step(facts if updated else {**facts, "skipped": True}, knobs.loss_weights)
+            sent = traffic.bytes_sent.total() - sent_before
+            stats = meter.end_step(facts if updated else {**facts, "skipped": True}, knobs.loss_weights, sent)
             if updated and untrained is not None:
                 self._require_expert_update(untrained, stats)
                 untrained = None
@@ -185,6 +191,7 @@ class Trainer:
             save = state.step == max_steps or state.step % self.checkpoint_every == 0
             if fault or stop or save or self._validation_is_due() or state.step % self.log_every == 0:
                 alarms = self._record(meter)
+                self.heap.tidy()
                 if fault is not None:
                     where = self._find_non_finite(micro_batches, knobs, totals, generators)
                     alarms = [replace(fault, message=f"{fault.message}: {where}"), *alarms]

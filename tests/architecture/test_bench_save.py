@@ -7,7 +7,7 @@ from support.scripts import loaded
 
 
 def test_shares_and_slowdown_are_as_counted_by_hand():
-    with loaded("bench_moe"), loaded("bench_save") as bench:
+    with loaded("bench_rounds"), loaded("bench_save") as bench:
         windows = [
             window
             for number, pace in enumerate((1.0, 3.0))  # the machine is three times slower in the second round
@@ -28,7 +28,7 @@ def test_shares_and_slowdown_are_as_counted_by_hand():
 
 def test_a_small_run_measures_every_mode(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with loaded("bench_moe"), loaded("bench_save") as bench:
+    with loaded("bench_rounds"), loaded("bench_save") as bench:
         small = "--d-model 16 --layers 1 --experts 2 --d-ff 16 --sequence-length 16 --batch 2 --rounds 1 --window 3"
         result = bench.run(bench.parse([*small.split(), "--threads", "1"]))
     assert [row["mode"] for row in result["rows"]] == list(bench.MODES)

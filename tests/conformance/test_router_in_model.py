@@ -84,7 +84,7 @@ def test_recomputed_activations_are_bit_identical(case, norm_position, step):
     assert stored.keys() == recomputed.keys()
     for name, gradient in stored.items():
         assert torch.equal(recomputed[name], gradient), name
-    model.recompute_activations(False)
+    model.recompute_activations("none")
     calls.clear()
     gradients(model, text(), step)
     assert calls == ["experts"]

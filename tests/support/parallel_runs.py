@@ -38,6 +38,9 @@ class Records:
     def routing(self, records: list[dict[str, Any]]) -> None:
         """Looks at no health figures."""
 
+    def note(self, text: str) -> None:
+        """Shows no line to anyone."""
+
 
 def sgd(groups: list[dict[str, Any]], config: Any) -> torch.optim.Optimizer:
     """Stands for the recipe's optimizer."""

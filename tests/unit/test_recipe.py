@@ -808,6 +808,23 @@ def test_an_order_leaves_no_room_for_sorting_by_length():
     }
 
 
+def test_a_classification_has_no_logits_over_the_vocabulary():
+    found = refusals({"type": "top_k"}, performance={"logits_chunk_tokens": 64})
+    expected = "has no effect on classification, which has no logits over the vocabulary; leave it out"
+    assert found == {"performance.logits_chunk_tokens": expected}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("true", "all"), ("false", "none"), ("none", "none"), ("attention", "attention"), ("experts", "experts")],
+)
+def test_activation_checkpointing_is_a_policy_and_was_a_switch(tmp_path, written, read):
+    for before, overrides in ((f"activation_checkpointing: {written}", ()), ("", (written,))):
+        path = write(tmp_path, f"version: 1\nname: one\ndata: {{source: enwik8}}\ntraining: {{{before}}}\n")
+        recipe = load_recipe(path, [f"training.activation_checkpointing={value}" for value in overrides])
+        assert recipe.training.activation_checkpointing == read
+
+
 def test_a_model_without_routers_has_none_to_start_anew():
     found = refusals({"type": "top_k"}, model={"moe": {"layers": []}}, initialise={"router": "new"})
     assert found["initialise.router"] == "has no effect: the model has no MoE layer"

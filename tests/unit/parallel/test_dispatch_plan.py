@@ -9,7 +9,14 @@ from support.naive_moe import feed_forward
 from smoe_train.model import LocalExpertBank, StackedExperts
 from smoe_train.model.feed_forward import grouped_product
 from smoe_train.model.initialise import KeyedDraw
-from smoe_train.parallel.dispatch_plan import plan_dispatch, row_multiple, to_expert_order, to_slot_order
+from smoe_train.parallel.dispatch_plan import (
+    count_slots,
+    plan_blocks,
+    plan_dispatch,
+    row_multiple,
+    to_expert_order,
+    to_slot_order,
+)
 
 NUM_EXPERTS = 5
 
@@ -45,6 +52,24 @@ def test_plan_is_the_sorted_list(ids_TK, multiple):
             assert plan.row_of_slot_TK[owner] == row
     behind = plan.row_of_slot_TK[ids_TK < 0]
     assert (behind >= len(rows)).all()  # empty slots own none of the experts' rows
+
+
+@given(id_tables())
+def test_counts_of_slots(ids_TK):
+    ids = ids_TK.flatten().tolist()
+    assert count_slots(ids_TK, NUM_EXPERTS).tolist() == [ids.count(i) for i in (*range(NUM_EXPERTS), -1)]
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=4), st.sampled_from([1, 32]))
+def test_blocks_in_order_need_no_sort(counts, multiple):
+    """Tokens of three experts that come from up to four ranks, sorted by each of them."""
+    ids = [expert for block in counts for expert, number in enumerate(block) for _ in range(number)]
+    expected = plan_dispatch(torch.tensor(ids, dtype=torch.int64).unsqueeze(1), 3, multiple)
+    found = plan_blocks(torch.tensor(counts), len(ids), multiple)
+    assert torch.equal(found.row_of_slot_TK, expected.row_of_slot_TK)
+    assert torch.equal(found.valid_TK, expected.valid_TK)
+    assert torch.equal(found.rows_per_expert_E, expected.rows_per_expert_E)
+    assert found.num_rows == expected.num_rows
 
 
 @given(id_tables(), st.sampled_from([1, 2, 32]))
