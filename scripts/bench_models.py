@@ -392,3 +392,35 @@ def stepper(
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def adaptive_steppers(shape: Shape, shares: tuple[float, ...]) -> dict[str, Callable[[int], None]]:
+    """Returns steps of adaptive gating of which a share of the tokens has one expert, the others two, by row.
+
+    The threshold of each is the quantile of the gaps between the two best probabilities that the model has at first;
+    its learning rate is small enough to leave them there.
+    """
+    from smoe_train.routing.adaptive import AdaptiveConfig, gaps_to_best
+
+    steps = {}
+    for share in shares:
+        model = our_model(shape, {"router": AdaptiveConfig()}, {"experts": "cpp"})
+        gaps: list[Tensor] = []
+
+        def collect(moe: nn.Module, arguments: tuple[Any, ...], gaps: list[Tensor] = gaps) -> None:
+            router: Any = moe.router
+            p_TE = torch.softmax(router.assign(*arguments).logits_TE, dim=-1)
+            gaps.append(gaps_to_best(p_TE.topk(2).values, "full")[:, 1])
+
+        hooks = [block.moe.register_forward_pre_hook(collect) for block in model.model.layers]  # type: ignore[union-attr]
+        with torch.no_grad():
+            model.train()(torch.randint(0, shape.vocab_size, (shape.tokens // shape.sequence_length, 256)))
+        for hook in hooks:
+            hook.remove()
+        threshold = float(torch.cat(gaps).double().quantile(1.0 - share))
+
+        def knobs(number: int, threshold: float = threshold) -> Knobs:
+            return Knobs(number, shape.top_k, threshold=threshold)
+
+        steps[f"adaptive_{share:.0%}_top_1"] = stepper(model, shape, torch.float32, knobs)
+    return steps

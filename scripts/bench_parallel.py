@@ -25,7 +25,7 @@ from bench_rounds import prepare_environment, show_goals, spread_of, write_resul
 from bench_teams import Contender, Step, teams_of
 
 SPEED_GOAL, BYTES_GOAL = 1.5, 1.01
-HOT_SHARES = (None, 0.5, 0.625, 0.75, 0.875, 1.0)
+SKEWS = (0.0, 0.25, 0.5, 0.75, 1.0)  # from balanced to all tokens on the first rank
 PHASES = ("forward", "backward", "update")
 
 
@@ -143,17 +143,18 @@ def throughput(options: argparse.Namespace, precision: str) -> tuple[list[dict[s
 def imbalance(options: argparse.Namespace, precision: str) -> list[dict[str, Any]]:
     """Returns a row for each share of the tokens that the first rank's experts get; the first is the router's."""
     contender = Contender(options.ranks, options.ranks, 1, precision)
-    seconds: list[list[float]] = [[] for _ in HOT_SHARES]
-    steps: list[list[list[Step]]] = [[] for _ in HOT_SHARES]
+    shares = [None, *((1 + skew * (options.ranks - 1)) / options.ranks for skew in SKEWS)]
+    seconds: list[list[float]] = [[] for _ in shares]
+    steps: list[list[list[Step]]] = [[] for _ in shares]
     with teams_of([contender], options) as (team,):
         for number in range(options.warmup + options.rounds):
-            for index in sorted(range(len(HOT_SHARES)), key=lambda i: (i + number) % len(HOT_SHARES)):
-                elapsed, said = team.step(HOT_SHARES[index])
+            for index in sorted(range(len(shares)), key=lambda i: (i + number) % len(shares)):
+                elapsed, said = team.step(shares[index])
                 if number >= options.warmup:
                     seconds[index].append(elapsed)
                     steps[index].append(said)
     rows = []
-    for share, values, of_share in zip(HOT_SHARES, seconds, steps, strict=True):
+    for share, values, of_share in zip(shares, seconds, steps, strict=True):
         load = [sum(step.slots[rank] for each in of_share for step in each) for rank in range(options.ranks)]
         ratios = [b / a for a, b in zip(seconds[1], values, strict=True)]
         element = 4 if precision == "fp32" else 2

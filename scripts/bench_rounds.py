@@ -21,15 +21,19 @@ Goals = dict[str, dict[str, float]]
 
 
 def prepare_environment(threads: int, tuned: bool = True) -> None:
-    """Sets what must be set before torch is loaded; by default the same as the launcher sets for training.
+    """Sets what must be set before torch is loaded; by default the same as training sets.
 
     Args:
         threads: Of this process.
-        tuned: Whether oneDNN keeps as many primitives as the launcher lets it; otherwise its own default stays.
+        tuned: Whether oneDNN and the C library keep what training lets them; otherwise their own defaults stay.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if tuned:
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
+        from smoe_train.cli.launch import worker_environment
+        from smoe_train.training.heap import keep_freed_memory
+
+        os.environ.update(worker_environment(1, os.environ))
+        keep_freed_memory()
     else:
         os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
 

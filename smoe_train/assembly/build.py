@@ -48,6 +48,7 @@ from smoe_train.reporting import Journal
 from smoe_train.training.alarms import Alarms
 from smoe_train.training.complexity import ComplexityRecorder, SampleOrder
 from smoe_train.training.engine import Engine, LocalEngine
+from smoe_train.training.heap import keep_freed_memory
 from smoe_train.training.optimizer import make_optimizer, parameter_groups
 from smoe_train.training.saving import Saver
 from smoe_train.training.self_test import check_optimizer_groups, require
@@ -224,6 +225,8 @@ def build_trainer(
         stop: Whether the run was asked to stop.
         resumes: Whether a checkpoint of the run will be loaded, so that pretrained weights are not needed.
     """
+    if process.device.type == "cpu":
+        keep_freed_memory()
     store = prepare_data(recipe, run_tokenizer(run_folder))
     training = recipe.training
     batches = build_batches(recipe, store, process.rank, process.world_size)

@@ -29,7 +29,7 @@ class PerformanceConfig(StrictModel):
     attention: AttentionForm = "sdpa"
     """``sdpa``: torch's fused kernels. ``matmul``: two products and a softmax over all scores, which take memory with
     the square of the sequence and are rounded to bf16 in between. ``auto``: ``matmul`` where that is faster by
-    measurement, which is in bf16 on a CPU for sequences up to 256 tokens, else ``sdpa``."""
+    measurement, which is in bf16 on a CPU for sequences up to 512 tokens, else ``sdpa``."""
     compile: bool = False
     """Whether attention, norms, dense feed-forwards and the loss are compiled by torch for training. The first step
     takes up to a minute longer; experts and routers stay as they are, since their shapes change in every step."""
