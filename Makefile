@@ -23,7 +23,7 @@ FAULTS := OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow faults faults-nightly lint types format bench bench-adaptive bench-loader bench-parallel bench-save compare compare-curriculum docs docker clean
+.PHONY: help demo test test-slow faults faults-nightly lint types format bench-moe bench-step bench-scaling bench-adaptive bench-loader bench-parallel bench-memory bench-save compare compare-curriculum docs docker clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -54,8 +54,14 @@ format: .venv/dev.stamp ## rewrite the code to the format
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-bench: .venv/package.stamp ## time the mixture-of-experts layer against a dense one
+bench-moe: .venv/package.stamp ## time training steps beside a dense twin and peers; fails if a recorded ratio has fallen
 	$(BIN)/python scripts/bench_moe.py $(BENCH_ARGS)
+
+bench-step: .venv/package.stamp ## time what is around the experts: trainer, optimizer, attention, loss, recomputation
+	$(BIN)/python scripts/bench_step.py $(BENCH_ARGS)
+
+bench-scaling: .venv/package.stamp ## time steps against experts, tokens, k, layers, ranks; writes docs/performance.md
+	$(BIN)/python scripts/bench_scaling.py --write-docs $(BENCH_ARGS)
 
 bench-adaptive: .venv/package.stamp ## time adaptive gating by its share of tokens with two experts
 	$(BIN)/python scripts/bench_adaptive.py $(BENCH_ARGS)

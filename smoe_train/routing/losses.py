@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from smoe_train.routing.contract import EMPTY_SLOT, Assignment, Context
+from smoe_train.routing.selection import two_highest
 
 
 def slots_per_expert(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
@@ -52,19 +53,19 @@ def routing_stats(assignment: Assignment, context: Context) -> dict[str, Tensor]
     """
     with torch.no_grad():
         logits_TE = assignment.logits_TE
-        num_tokens, num_experts = logits_TE.shape
+        num_tokens = logits_TE.shape[0]
         log_p_TE = torch.log_softmax(logits_TE, dim=-1)
         p_TE = log_p_TE.exp()
         entropy_T = -(p_TE * log_p_TE).sum(dim=-1)
-        best = torch.topk(p_TE, min(2, num_experts), dim=-1).values
-        margin_T = best[:, 0] - best[:, 1] if num_experts > 1 else best[:, 0]
+        best_T, second_T = two_highest(p_TE)
+        margin_T = best_T - second_T
         tokens = torch.full((), float(num_tokens), device=logits_TE.device)
         if context.token_mask_T is not None:
             real_T = context.token_mask_T.to(p_TE.dtype)
             p_TE, entropy_T, margin_T = p_TE * real_T.unsqueeze(1), entropy_T * real_T, margin_T * real_T
             tokens = real_T.sum()
         return {
-            "slots_E": slots_per_expert(assignment.expert_ids_TK, num_experts),
+            "slots_E": slots_per_expert(assignment.expert_ids_TK, logits_TE.shape[1]),
             "probability_E": p_TE.sum(dim=0).float(),
             "tokens": tokens.float(),
             "two_expert_tokens": ((assignment.expert_ids_TK != EMPTY_SLOT).sum(dim=1) >= 2).sum().float(),

@@ -16,7 +16,7 @@ from smoe_train.routing import EMPTY_SLOT, ROUTERS, Assignment, Context, RouterS
 from smoe_train.routing.hyper_router import HyperRouterConfig
 from smoe_train.routing.losses import load_balance_loss, slots_per_expert
 from smoe_train.routing.noise import uniform_noise
-from smoe_train.routing.selection import combination_weights, select_top_k, without_padding
+from smoe_train.routing.selection import combination_weights, select_top_k, two_highest, without_padding
 from smoe_train.routing.top_k import TopKConfig, TopKRouter
 
 MASK = (1 << 64) - 1
@@ -31,6 +31,24 @@ def test_selection_breaks_ties_by_index(rows, top_k):
 def test_infinite_scores_are_ordered_too():
     scores = torch.tensor([[0.0, math.inf, -math.inf, 1.0, math.inf]])
     assert select_top_k(scores, 5).tolist() == [[1, 4, 3, 0, 2]]
+
+
+SPECIAL = st.sampled_from([-math.inf, -1.0, 0.0, 1.0, math.inf, math.nan])
+
+
+@given(st.lists(st.lists(SPECIAL, min_size=16, max_size=16), min_size=1, max_size=4), st.integers(1, 4))
+def test_few_of_many_are_those_of_a_stable_sort(rows, top_k):
+    """Taking the maximum k times is another way, with the same ties, and no expert twice where scores are infinite."""
+    scores = torch.tensor(rows, dtype=torch.float32)
+    expected = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(select_top_k(scores, top_k), expected)
+
+
+@given(st.lists(st.lists(st.floats(0.0, 1.0, width=32), min_size=1, max_size=6), min_size=1, max_size=1))
+def test_two_highest(rows):
+    ordered = sorted(rows[0], reverse=True)
+    best, second = two_highest(torch.tensor(rows))
+    assert [best.item(), second.item()] == [ordered[0], ordered[1] if len(ordered) > 1 else 0.0]
 
 
 def test_weights_by_hand():
