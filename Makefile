@@ -23,7 +23,7 @@ FAULTS := OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow faults faults-nightly lint types format bench-moe bench-step bench-scaling bench-adaptive bench-loader bench-parallel bench-memory bench-save compare compare-curriculum docs docker clean
+.PHONY: help demo test test-slow faults faults-nightly lint types format bench-moe bench-step bench-scaling bench-adaptive bench-loader bench-memory bench-parallel bench-save compare compare-curriculum docs docker clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ bench-adaptive: .venv/package.stamp ## time adaptive gating by its share of toke
 
 bench-loader: .venv/package.stamp ## time the loader beside training steps; an epoch of a 4 GB store (needs 8 GB of disk)
 	$(BIN)/python scripts/bench_loader.py $(BENCH_ARGS)
+
+bench-memory: .venv/package.stamp ## measure the memory of training: peak and growth; BENCH_ARGS=--billion, a large model
+	$(BIN)/python scripts/bench_memory.py $(BENCH_ARGS)
 
 bench-parallel: .venv/package.stamp ## time expert-parallel processes beside one process, and count what they send
 	$(BIN)/python scripts/bench_parallel.py $(BENCH_ARGS)

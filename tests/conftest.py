@@ -22,6 +22,16 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.undo()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what compiles where there is no compiler."""
+    if item.get_closest_marker("compiler") is not None:
+        from smoe_train.kernels.build import why_not
+
+        missing = why_not()
+        if missing is not None:
+            pytest.skip(missing)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of about 30 kB."""

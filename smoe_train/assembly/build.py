@@ -48,7 +48,7 @@ from smoe_train.reporting import Journal
 from smoe_train.training.alarms import Alarms
 from smoe_train.training.complexity import ComplexityRecorder, SampleOrder
 from smoe_train.training.engine import Engine, LocalEngine
-from smoe_train.training.heap import keep_freed_memory
+from smoe_train.training.heap import Heap
 from smoe_train.training.optimizer import make_optimizer, parameter_groups
 from smoe_train.training.saving import Saver
 from smoe_train.training.self_test import check_optimizer_groups, require
@@ -225,8 +225,6 @@ def build_trainer(
         stop: Whether the run was asked to stop.
         resumes: Whether a checkpoint of the run will be loaded, so that pretrained weights are not needed.
     """
-    if process.device.type == "cpu":
-        keep_freed_memory()
     store = prepare_data(recipe, run_tokenizer(run_folder))
     training = recipe.training
     batches = build_batches(recipe, store, process.rank, process.world_size)
@@ -276,6 +274,7 @@ def build_trainer(
         stop=stop,
     )
     trainer.notes = notes
+    trainer.heap = Heap(reuses=process.device.type == "cpu")
     trainer.saver.note, trainer.saver.best_ended = trainer.note, trainer.best_ended
     return trainer
 

@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from smoe_train.parallel.footprint import LARGEST_BUCKET
+from smoe_train.parallel.footprint import LARGEST_BUCKET, LARGEST_EXPERT_GROUP
 from smoe_train.parallel.process import Process
 from smoe_train.parallel.topology import ParallelConfig
 
@@ -64,7 +64,9 @@ class DeepSpeedEngine:
         self._clip_here = clip_norm if config.zero_stage == 0 else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         bucket = min(LARGEST_BUCKET, trained + trained % 2)  # ZeRO insists on an even number of elements
-        split = split_params_into_different_moe_groups_for_optimizer([dict(group) for group in parameter_groups])
+        split = split_params_into_different_moe_groups_for_optimizer(
+            [dict(group) for group in parameter_groups], max_group_size=LARGEST_EXPERT_GROUP
+        )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer([group for group in split if group["params"]]),

@@ -12,7 +12,10 @@ HIDDEN = {"relu": 1, "gelu": 2, "swiglu": 4}
 LOW_PRECISION_ROUTER_BYTES = 4  # of a value of the tokens that routers see, which compute in fp32
 LOGITS_BYTES = 16  # of one logit: itself, its log-probability and both their gradients, in fp32
 
-LARGEST_BUCKET = 5 * 10**8  # elements; DeepSpeed allocates its buckets whole, so small models get smaller ones
+# Elements. DeepSpeed allocates its buckets whole, and copies the gradients of a group of parameters as a whole for its
+# step: what is small costs more collectives, what is large memory.
+LARGEST_BUCKET = 2**25
+LARGEST_EXPERT_GROUP = 2**25
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,12 @@ class Footprint:
         optimizer_bytes: fp32 moments, and fp32 masters of bf16 weights; ZeRO 1 and 2 partition them. Under ZeRO the
             masters exist for fp32 weights too.
         reduction_buffer_bytes: DeepSpeed's buffer for gradients on their way to other ranks, under ZeRO 1 and 2.
+        step_copies_bytes: Its copies of the gradients of one group in the optimizer step, flat and, of bf16, in fp32.
         activation_bytes: Activations of a micro-batch at their peak, see `Activations`.
-        peak_bytes: The most that exists at once, an estimate: weights, optimizer state and buffer, and of gradients and
-            activations the larger, since the ones come as the others go; with accumulation both, since gradients stay.
-            What Python, its libraries and kernels need themselves comes on top.
+        peak_bytes: The most that exists at once, an estimate: weights and optimizer state, and beside them either
+            gradients and copies (the step), or the buffer and of gradients and activations the larger, since the ones
+            come as the others go; with accumulation both, since gradients stay. Python, libraries and kernels come on
+            top, and what the C library keeps of freed memory.
         all_to_all_bytes_per_step: Sent by one rank in one optimizer step over all MoE layers, if routing is balanced:
             tokens there and back, and their gradients.
     """
@@ -37,6 +42,7 @@ class Footprint:
     gradients_bytes: int
     optimizer_bytes: int
     reduction_buffer_bytes: int
+    step_copies_bytes: int
     activation_bytes: int
     peak_bytes: int
     all_to_all_bytes_per_step: int
@@ -179,14 +185,17 @@ def footprint(
     gradients = (partitioned if zero >= 2 else whole) * element
     buffer = min(LARGEST_BUCKET, whole) * element if zero else 0
     activation = activations.peak_bytes(element) if activations is not None else 0
+    largest_group = max(other_share, min(LARGEST_EXPERT_GROUP, expert_share)) if zero else 0
+    copies = largest_group * (element + (4 if config.precision == "bf16" else 0))
     coming_and_going = gradients + activation if accumulation_steps > 1 else max(gradients, activation)
     return Footprint(
         weights_bytes=weights,
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         reduction_buffer_bytes=buffer,
+        step_copies_bytes=copies,
         activation_bytes=activation,
-        peak_bytes=weights + optimizer + buffer + coming_and_going,
+        peak_bytes=weights + optimizer + max(gradients + copies, buffer + coming_and_going),
         all_to_all_bytes_per_step=(
             4 * tokens_per_rank_and_step * top_k * d_model * element * moe_layers * (size - 1) // size
         ),

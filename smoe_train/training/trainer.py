@@ -72,7 +72,7 @@ class Trainer:
         not_judged: Losses that were 0 in the self-test.
         best_on_disk: Cost and step of the best validation whose checkpoint was written.
         notes: What is to be said of the run before it begins.
-        heap: Gives memory back that varying shapes leave behind.
+        heap: Decides what becomes of memory that a step has freed.
     """
 
     config: TrainingConfig
@@ -167,6 +167,7 @@ class Trainer:
             left_out = state.step + 1 in state.left_out
             frozen = any(router.frozen(state.step) for router in routers)
             updated = engine.step(rate, frozen=frozen, refuse=left_out or not_finite)
+            self.heap.reuse_from_now()
 
             state.step += 1
             state.tokens += self.batches.tokens_of(state.step - 1)

@@ -68,6 +68,7 @@ def test_saving_is_relative_to_the_line_between_one_and_two_experts():
         assert step.saving(seconds, "row", share=0.5, rounds=2) == pytest.approx(statistics.median([2.0, 1.6]) / 2.0)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", ["smoe_train", "oracle", "deepspeed_autoep_experts", "mixtral_grouped", "dense"])
 def test_every_kind_of_row_trains(name):
     import torch
@@ -81,6 +82,7 @@ def test_every_kind_of_row_trains(name):
     assert sum(changed) >= len(changed) - 1  # an expert may have got no token
 
 
+@pytest.mark.compiler
 def test_layers_of_peers_agree_with_ours():
     with loaded("bench_models") as models:
         shape = models.Shape(tokens=64, sequence_length=16, d_model=16, num_heads=2, num_layers=1, d_ff=16, experts=4)

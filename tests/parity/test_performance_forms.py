@@ -10,6 +10,8 @@ from smoe_train.model import SmoeConfig, SmoeForCausalLM
 from smoe_train.model.config import ModelConfig, MoeConfig
 from smoe_train.model.performance import PerformanceConfig, apply_performance
 
+pytestmark = pytest.mark.compiler
+
 STEPS, WINDOW, LENGTH, BATCH = 500, 50, 32, 8
 FORMS = {
     "plain": {},

@@ -105,6 +105,22 @@ def test_training_goes_on_bit_by_bit(tmp_path, router, at):
         assert torch.equal(one, other), name
 
 
+def test_a_save_that_is_waited_for_reads_what_training_holds_and_another_copies_of_it():
+    run = Run(recipe())
+    run.train(1)
+    held = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
+    copies, own = (collect(run.engine, 0, 1, CPU, copy=copy) for copy in (True, False))
+    for name, tensors in own.items():
+        for key, value in tensors.items():
+            torch.testing.assert_close(copies[name][key], value, rtol=0, atol=0, equal_nan=True)
+            weight = key.startswith("weight/")
+            assert (value.untyped_storage().data_ptr() in held) is weight, key
+            assert copies[name][key].untyped_storage().data_ptr() not in held, key
+            moment = key.startswith(("exp_avg/", "exp_avg_sq/"))
+            shared = value.untyped_storage().data_ptr() == copies[name][key].untyped_storage().data_ptr()
+            assert not (moment and shared), key
+
+
 def test_what_else_a_run_keeps_is_written_once_and_found_by_its_prefix(tmp_path):
     run = Run(recipe())
     extra = {"a/one": torch.arange(3, dtype=torch.int32), "a/two": torch.tensor(5), "b/one": torch.zeros(2)}

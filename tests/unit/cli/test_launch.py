@@ -141,6 +141,11 @@ def test_worker_environment_shares_out_the_cores(monkeypatch):
     assert worker_environment(16, {})["OMP_NUM_THREADS"] == "1"
 
 
+def test_what_onednn_keeps_is_bounded():
+    """A product in bf16 takes 0.4 to 0.7 MB: the 20,000 of other advice are 13 GB."""
+    assert 1024 < int(worker_environment(1, {})["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) * 0.7 < 2000
+
+
 def test_worker_environment_keeps_what_the_user_has_set():
     base = {
         "OMP_NUM_THREADS": "5",

@@ -66,6 +66,13 @@ def test_a_plan_for_four_processes(recipe):
         bytes_of_rank[name]
         for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "reduction_buffer_bytes")
     )
+    # 32 tokens: 3 layers of 8 x 8 and 2 x 8 values, a dense one of 12, two with 3 experts of 2 x 8 + 5, 2 x 8 at the
+    # end; and 256 logits a token.
+    bytes_of_rank["activation_bytes"] = 32 * 4 * (3 * 80 + 12 + 2 * 3 * 21 + 16) + 32 * 256 * 16
+    bytes_of_rank["step_copies_bytes"] = 4 * max(EXPERTS // 4, SHARED // 4)
+    bytes_of_rank["peak_bytes"] = (
+        bytes_of_rank["model_state_bytes"] - bytes_of_rank["gradients_bytes"] + bytes_of_rank["activation_bytes"]
+    )
     assert found == {
         "name": "r",
         "processes": 4,

@@ -13,6 +13,8 @@ from smoe_train.kernels import build
 from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.parallel.dispatch_plan import plan_dispatch, plan_everyone, row_multiple
 
+pytestmark = pytest.mark.compiler
+
 D_MODEL, D_FF = 24, 40  # neither a multiple of a vector's 16 values
 KINDS = ("relu", "gelu", "swiglu")
 DTYPES = (torch.float32, torch.bfloat16)

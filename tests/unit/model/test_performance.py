@@ -57,6 +57,9 @@ def test_auto_attention_chooses_what_is_faster(dtype, length, matmul, monkeypatc
     assert bool(called) == matmul
 
 
+pytestmark = pytest.mark.compiler
+
+
 def modules(model, kind):
     return [module for module in model.modules() if isinstance(module, kind)]
 

@@ -8,6 +8,8 @@ from smoe_train.kernels.build import load_experts_kernel
 from smoe_train.model import StackedExperts
 from smoe_train.schedules import Knobs
 
+pytestmark = pytest.mark.compiler
+
 POLICIES = ("none", "attention", "experts", "all")
 D, F, D_FF, K, TOKENS, LAYERS = 16, 32, 48, 2, 4 * 24, 2
 FP32 = 4
