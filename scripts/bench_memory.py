@@ -32,14 +32,15 @@ from typing import TYPE_CHECKING, Any
 
 from bench_rounds import Goals, show_goals, write_result
 
+from smoe_train.cli.launch import worker_environment
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from smoe_train.recipe import Recipe
     from smoe_train.training.trainer import Trainer
 
-MIB, GIB = 2**20, 2**30
-STEPS = 3
+MIB, GIB, STEPS = 2**20, 2**30, 3
 PEAK_RATIO = 1.25  # of the steps, measured over analytical
 GROWTH_SHARE = 0.02  # of what there is, over 10,000 steps
 READINGS, WARM_UP = 10, 0.4  # readings of a run, and the share of its steps before they count: new shapes become rare
@@ -49,7 +50,7 @@ GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}  # every larger buffer 
 MODEL = {"d_model": 256, "num_layers": 4, "num_heads": 8, "moe": {"num_experts": 32, "d_ff": 512, "top_k": 2}}
 TOY = {"d_model": 32, "num_layers": 1, "num_heads": 2, "moe": {"num_experts": 2, "d_ff": 32, "top_k": 2}}
 TOY_TRAINING = {"sequence_length": 16, "micro_batch_size": 2}
-LOCAL = {"engine": "local"}
+LOCAL, BF16 = {"engine": "local"}, {"zero_stage": 1, "precision": "bf16"}
 CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {  # processes, and what is special
     "local fp32": (1, {"parallel": LOCAL}),
     "local fp32, swiglu": (1, {"parallel": LOCAL, "model": {"feed_forward": "swiglu"}}),
@@ -58,11 +59,8 @@ CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {  # processes, and what
     "ZeRO 0 fp32": (1, {"parallel": {"zero_stage": 0}}),
     "ZeRO 1 fp32": (1, {"parallel": {"zero_stage": 1}}),
     "ZeRO 2 fp32": (1, {"parallel": {"zero_stage": 2}}),
-    "ZeRO 1 bf16": (1, {"parallel": {"zero_stage": 1, "precision": "bf16"}}),
-    "ZeRO 1 bf16, recompute all": (
-        1,
-        {"parallel": {"zero_stage": 1, "precision": "bf16"}, "training": {"activation_checkpointing": "all"}},
-    ),
+    "ZeRO 1 bf16": (1, {"parallel": BF16}),
+    "ZeRO 1 bf16, recompute all": (1, {"parallel": BF16, "training": {"activation_checkpointing": "all"}}),
     "ZeRO 1 fp32, 2 processes, EP 2": (2, {"parallel": {"zero_stage": 1, "expert_parallel_size": 2}}),
 }
 
@@ -306,9 +304,8 @@ def measure_growth(steps: int, folder: Path) -> list[Reading]:
 
 def measure_billion(folder: Path) -> dict[str, Any]:
     """Trains the shipped recipe in a process of its own and returns its peak."""
-    smoe_train = Path(sys.executable).with_name("smoe-train")
-    began = time.perf_counter()
-    process = subprocess.Popen([str(smoe_train), "train", BILLION, "--output-dir", str(folder)])
+    command, began = Path(sys.executable).with_name("smoe-train"), time.perf_counter()
+    process = subprocess.Popen([str(command), "train", BILLION, "--output-dir", str(folder)])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
@@ -401,18 +398,11 @@ def show(result: dict[str, Any], console: Console) -> None:
     show_goals(result["goals"], console)
 
 
-def prepare() -> None:
-    """Sets what must be set before torch is loaded, as the launcher does, with one thread."""
-    from smoe_train.cli.launch import worker_environment
-
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.update(worker_environment(1, os.environ))
-
-
 def main() -> int:
     """Measures, prints, and writes the file that BENCH_JSON names."""
     options = parse()
-    prepare()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(worker_environment(1, os.environ))  # before torch is loaded
     if options.worker is not None:
         task = json.loads(options.worker)
         found = work(task)  # first of all: what follows loads more

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from smoe_train.config import StrictModel
-from smoe_train.model.performance import Recompute
 
 StatisticsScope = Literal["step", "micro_batch"]
+ActivationCheckpointing = Literal["none", "attention", "experts", "all"]  # the model's `Recompute`; that loads torch
 
 
 def _from_switch(value: Any) -> Any:
@@ -47,7 +47,9 @@ class TrainingConfig(StrictModel):
     """Before step 0, check on one micro-batch that each loss reaches the parameters it should and, of its layer, no
     others, that the optimizer holds each trainable parameter once, and after the first step that experts have changed.
     A few forward and backward passes of one micro-batch; changes nothing."""
-    activation_checkpointing: Annotated[Recompute, BeforeValidator(_from_switch, bool | Recompute)] = "none"
+    activation_checkpointing: Annotated[
+        ActivationCheckpointing, BeforeValidator(_from_switch, bool | ActivationCheckpointing)
+    ] = "none"
     """What is computed again in the backward pass instead of stored: ``attention``, ``experts`` (and dense feed-forward
     networks), ``all`` (both; also ``true``) or ``none`` (also ``false``). Routing is replayed, never made again."""
 
