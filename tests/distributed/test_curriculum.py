@@ -174,7 +174,8 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint(
 ) -> None:
     """What was counted after the checkpoint is counted again, not twice."""
     _, ranks = whole
-    recipe = recipe_of(short_text, 2, checkpoint={"every_steps": 3})
+    # Waited for: a death two steps after it began may otherwise come before a slow disk has it.
+    recipe = recipe_of(short_text, 2, checkpoint={"every_steps": 3, "background": False})
     run_ranks(2, train, recipe, tmp_path, None, 5)
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000003"]
     again = run_ranks(2, train, recipe, tmp_path, tmp_path / "checkpoints" / "step-00000003")
