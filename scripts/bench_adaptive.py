@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench_rounds import CLOCKS, prepare_environment, show_goals, write_result
+from bench_rounds import CLOCKS, add_whole_numbers, conclude, require_positive, show_goals
 
 if TYPE_CHECKING:
     import torch
@@ -79,23 +79,24 @@ class Contender:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("batch", 8),
-        ("sequence-length", 256),
-        ("d-model", 256),
-        ("d-ff", 512),
-        ("layers", 4),
-        ("experts", 16),
-        ("rounds", 15),
-        ("warmup", 3),
-        ("threads", 1),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_whole_numbers(
+        parser,
+        {
+            "batch": 8,
+            "sequence-length": 256,
+            "d-model": 256,
+            "d-ff": 512,
+            "layers": 4,
+            "experts": 16,
+            "rounds": 15,
+            "warmup": 3,
+            "threads": 1,
+        },
+    )
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="cpu", help="CPU time (default) or wall-clock time")
     parser.add_argument("--markdown", action="store_true", help="print the ratios as a Markdown table")
     options = parser.parse_args(arguments)
-    if min(value for value in vars(options).values() if type(value) is int) < 1:
-        parser.error("sizes, rounds and threads must be at least 1")
+    require_positive(parser, options, "sizes, rounds and threads must be at least 1")
     if options.experts < 2:
         parser.error("--experts must be at least 2")
     return options
@@ -275,11 +276,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     """Measures, prints, and writes the file that BENCH_JSON names."""
     options = parse()
-    prepare_environment(options.threads)
-    result = run(options)
-    show(result)
-    write_result(result)
-    return 0
+    return conclude(options, options.threads, run, show)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from bench_rounds import CLOCKS, prepare_environment, show_goals, write_result
+from bench_rounds import CLOCKS, conclude, require_positive, show_goals
 
 if TYPE_CHECKING:
     from smoe_train.data import TokenStore
@@ -104,8 +104,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--folder", type=Path, help="where to put the large store; default the system's for temporaries"
     )
     options = parser.parse_args(arguments)
-    if min(value for value in vars(options).values() if type(value) is int) < 1:
-        parser.error("sizes, rounds and threads must be at least 1")
+    require_positive(parser, options, "sizes, rounds and threads must be at least 1")
     if options.store_tokens <= options.batch * options.sequence_length:
         parser.error("--store-tokens must be more than one batch")
     return options
@@ -367,11 +366,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     """Measures, prints, and writes the file that BENCH_JSON names."""
     options = parse()
-    prepare_environment(options.threads)
-    result = run(options)
-    show(result)
-    write_result(result)
-    return 0
+    return conclude(options, options.threads, run, show)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-from bench_rounds import prepare_environment, show_goals, spread_of, write_result
+from bench_rounds import add_whole_numbers, conclude, require_positive, show_goals, spread_of
 from bench_teams import Contender, Step, teams_of
 
 SPEED_GOAL, BYTES_GOAL = 1.5, 1.01
@@ -32,27 +32,28 @@ PHASES = ("forward", "backward", "update")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("ranks", 2),
-        ("tokens", 2048),
-        ("sequence-length", 256),
-        ("d-model", 256),
-        ("d-ff", 512),
-        ("layers", 4),
-        ("experts", 16),
-        ("top-k", 2),
-        ("vocabulary", 2048),
-        ("rounds", 9),
-        ("warmup", 3),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_whole_numbers(
+        parser,
+        {
+            "ranks": 2,
+            "tokens": 2048,
+            "sequence-length": 256,
+            "d-model": 256,
+            "d-ff": 512,
+            "layers": 4,
+            "experts": 16,
+            "top-k": 2,
+            "vocabulary": 2048,
+            "rounds": 9,
+            "warmup": 3,
+        },
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), action="append", help="may be given twice")
     parser.add_argument("--form", choices=("torch", "cpp"), default="cpp", help="of the experts; default cpp")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="default wall")
     parser.add_argument("--no-imbalance", action="store_true", help="leave part two out")
     options = parser.parse_args(arguments)
-    if min(value for value in vars(options).values() if type(value) is int) < 1:
-        parser.error("sizes and rounds must be at least 1")
+    require_positive(parser, options, "sizes and rounds must be at least 1")
     if options.tokens % options.sequence_length:
         parser.error(f"--sequence-length {options.sequence_length} does not divide --tokens {options.tokens}")
     if options.ranks < 2 or options.experts % options.ranks or options.top_k > options.experts // options.ranks:
@@ -232,11 +233,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     """Measures, prints, and writes the file that BENCH_JSON names."""
     options = parse()
-    prepare_environment(threads=1)
-    result = run(options)
-    show(result)
-    write_result(result)
-    return 0
+    return conclude(options, 1, run, show)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -36,6 +37,32 @@ def prepare_environment(threads: int, tuned: bool = True) -> None:
         keep_freed_memory()
     else:
         os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+
+
+def add_whole_numbers(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:
+    """Adds an option for each name, with its default."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+
+
+def require_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, message: str) -> None:
+    """Ends the program with a message where a whole number is less than 1; switches are none."""
+    if min(value for value in vars(options).values() if type(value) is int) < 1:
+        parser.error(message)
+
+
+def conclude(
+    options: argparse.Namespace,
+    threads: int,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> int:
+    """Measures, prints, and writes the file that BENCH_JSON names; returns the exit code."""
+    prepare_environment(threads)
+    result = run(options)
+    show(result)
+    write_result(result)
+    return 0
 
 
 def interleave(steps: Mapping[str, Callable[[int], None]], warmup: int, rounds: int, clock: str) -> Seconds:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_rounds import prepare_environment, write_result
+from bench_rounds import add_whole_numbers, conclude, require_positive
 
 if TYPE_CHECKING:
     from smoe_train.training.trainer import Trainer
@@ -80,23 +80,24 @@ class Row:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("d-model", 256),
-        ("layers", 4),
-        ("experts", 8),
-        ("d-ff", 512),
-        ("sequence-length", 256),
-        ("batch", 8),
-        ("window", 8),
-        ("rounds", 5),
-        ("warmup", 3),
-        ("threads", max(1, (os.cpu_count() or 2) - 1)),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_whole_numbers(
+        parser,
+        {
+            "d-model": 256,
+            "layers": 4,
+            "experts": 8,
+            "d-ff": 512,
+            "sequence-length": 256,
+            "batch": 8,
+            "window": 8,
+            "rounds": 5,
+            "warmup": 3,
+            "threads": max(1, (os.cpu_count() or 2) - 1),
+        },
+    )
     parser.add_argument("--folder", type=Path, help="where to save; a temporary folder if not given")
     options = parser.parse_args(arguments)
-    if min(value for value in vars(options).values() if isinstance(value, int)) < 1:
-        parser.error("all numbers must be at least 1")
+    require_positive(parser, options, "all numbers must be at least 1")
     return options
 
 
@@ -280,11 +281,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     """Measures, prints, and writes the file that BENCH_JSON names."""
     options = parse()
-    prepare_environment(options.threads)
-    result = run(options)
-    show(result)
-    write_result(result)
-    return 0
+    return conclude(options, options.threads, run, show)
 
 
 if __name__ == "__main__":

@@ -272,9 +272,9 @@ def build_trainer(
         further_state=task_state(store),
         sample_order=build_sample_order(recipe, batches.train, sorted(model.routers()), process),
         stop=stop,
+        notes=notes,
+        heap=Heap(reuses=process.device.type == "cpu"),
     )
-    trainer.notes = notes
-    trainer.heap = Heap(reuses=process.device.type == "cpu")
     trainer.saver.note, trainer.saver.best_ended = trainer.note, trainer.best_ended
     return trainer
 
