@@ -182,10 +182,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - ZeRO imports it late, which takes seconds
 
     from smoe_train import assembly  # noqa: F401 - once, for all processes
-    from smoe_train.kernels.build import load_experts_kernel
+    from smoe_train.kernels.build import load_kernels
 
     if options.form == "cpp":
-        load_experts_kernel()
+        load_kernels()
     rows: list[dict[str, Any]] = []
     goals: dict[str, Any] = {}
     for precision in options.precision:

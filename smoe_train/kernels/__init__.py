@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 from smoe_train.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from smoe_train.kernels.build import load_experts_kernel
+    from smoe_train.kernels.attention import attend, attends
+    from smoe_train.kernels.build import load_kernels
     from smoe_train.kernels.experts import combine, run_experts, supports
 
 __getattr__ = lazy_attributes(
-    __name__, {"build": ("load_experts_kernel",), "experts": ("combine", "run_experts", "supports")}
+    __name__,
+    {
+        "attention": ("attend", "attends"),
+        "build": ("load_kernels",),
+        "experts": ("combine", "run_experts", "supports"),
+    },
 )
 
-__all__ = ["combine", "load_experts_kernel", "run_experts", "supports"]
+__all__ = ["attend", "attends", "combine", "load_kernels", "run_experts", "supports"]

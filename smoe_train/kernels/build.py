@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 
 from smoe_train.errors import LaunchError
+from smoe_train.kernels import attention, self_check
 
-SOURCE = Path(__file__).with_name("experts.cpp")
-LIBRARY = "smoe_train_experts"
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "attention.cpp", FOLDER / "experts.cpp")
+HEADERS = (FOLDER / "common.h", FOLDER / "products.h")
+LIBRARY = "smoe_train_kernels"
 COMPLETE = "complete"  # the file that says that a build was not broken off
 
 # What torch's vector classes ask for; without them they are plain loops. The plain name of the CPU's kind stays out:
@@ -31,14 +34,14 @@ VECTOR_FLAGS = {
 _loaded: list[Path] = []
 
 
-def load_experts_kernel() -> Path:
-    """Makes ``torch.ops.smoe_train.experts_forward`` and ``experts_backward`` available; returns their library.
+def load_kernels() -> Path:
+    """Makes the operators of ``torch.ops.smoe_train`` available; returns their library.
 
     The first call on a machine compiles for about half a minute; later ones, and those of other processes, which wait
-    meanwhile, load what it made.
+    meanwhile, load what it made. Every call of a new process compares the operators with PyTorch.
 
     Raises:
-        LaunchError: There is no compiler, or it fails.
+        LaunchError: There is no compiler, or it fails, or the operators are wrong on this CPU.
     """
     if _loaded:
         return _loaded[0]
@@ -52,16 +55,23 @@ def load_experts_kernel() -> Path:
                 _build(folder, flags)
     except OSError as error:
         raise LaunchError(
-            f"{folder}: cannot keep the experts' kernel there: {error.strerror}; set TORCH_EXTENSIONS_DIR to a folder "
-            "that can be written, or use performance.experts=torch"
+            f"{folder}: cannot keep the compiled operators there: {error.strerror}; set TORCH_EXTENSIONS_DIR to a "
+            "folder that can be written, or use performance.experts=torch and performance.attention=sdpa"
         ) from error
     torch.ops.load_library(str(library))
+    attention.register()
+    wrong = self_check.disagreement()
+    if wrong is not None:
+        raise LaunchError(
+            f"the compiled operators compute something else than PyTorch on this CPU: {wrong}; "
+            "use performance.experts=torch and performance.attention=sdpa, and please report it"
+        )
     _loaded.append(library)
     return library
 
 
 def why_not() -> str | None:
-    """Returns what is missing to build the kernel, or None."""
+    """Returns what is missing to build the operators, or None."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler ({compiler}); install g++, or set CXX"
@@ -73,7 +83,9 @@ def why_not() -> str | None:
 def _build(folder: Path, flags: list[str]) -> None:
     missing = why_not()
     if missing is not None:
-        raise LaunchError(f"performance.experts: cpp needs to be compiled, and {missing}; or use torch")
+        raise LaunchError(
+            f"performance: cpp needs to be compiled, and {missing}; or use experts=torch and attention=sdpa"
+        )
     from torch.utils import cpp_extension
 
     for leftover in folder.iterdir():  # of a build that was broken off
@@ -84,7 +96,7 @@ def _build(folder: Path, flags: list[str]) -> None:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             cpp_extension.load(
                 LIBRARY,
-                [str(SOURCE)],
+                [str(source) for source in SOURCES],
                 extra_cflags=flags,
                 build_directory=str(folder),
                 is_python_module=False,
@@ -92,21 +104,24 @@ def _build(folder: Path, flags: list[str]) -> None:
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         lines = [line for line in str(error).splitlines() if "error" in line][:3]
         raise LaunchError(
-            f"performance.experts: cpp: the compiler failed in {folder}: {'; '.join(lines) or error}; "
-            "use torch, or give another compiler with CXX"
+            f"performance: cpp: the compiler failed in {folder}: {'; '.join(lines) or error}; "
+            "use experts=torch and attention=sdpa, or give another compiler with CXX"
         ) from error
     (folder / COMPLETE).touch()
 
 
 def _flags() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    vector = VECTOR_FLAGS.get(capability, [])
+    vector = list(VECTOR_FLAGS.get(capability, []))
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        vector.append("-mavx512bf16")
     defined = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"] if vector else []
     return ["-O3", "-std=c++20", "-fopenmp", *vector, *(defined or ["-DCPU_CAPABILITY=DEFAULT"])]
 
 
 def _fingerprint(flags: list[str]) -> str:
-    key = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), os.environ.get("CXX", ""), *flags]
+    texts = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
+    key = [*texts, torch.__version__, platform.machine(), os.environ.get("CXX", ""), *flags]
     return hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
 
 

@@ -1,34 +1,33 @@
-// The experts of one mixture-of-experts layer on a CPU: gather -> GEMM -> activation -> GEMM -> scatter, and backward.
+// The experts of one mixture-of-experts layer on a CPU: gather -> product -> activation -> product -> scatter, and backward.
 //
 // Work is cut into tasks of one expert and at most BLOCK of its rows, so that what one task touches stays in a core's
 // cache, no thread waits for another inside a task, and neither a large expert nor a small number of experts leaves
-// threads idle. GEMMs are ATen's, run by one thread each. Every output row and every weight gradient is written by one
-// task: results do not depend on the number of threads.
+// threads idle. Every output row and every weight gradient is written by one task, in an order that is fixed: results do
+// not depend on the number of threads. Sums are in fp32; what is stored is rounded once.
 //
 // Sizes: T tokens, K slots a token, R rows sorted by expert (each expert's rows together), D d_model, F d_ff, E experts.
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
+
+#include "common.h"
+#include "products.h"
 
 namespace {
 
 using at::Tensor;
-using at::vec::Vectorized;
-using Floats = Vectorized<float>;
-constexpr int64_t BLOCK = 384;  // rows of a task
-constexpr int64_t WIDTH = Floats::size();
+using namespace smoe_train;
+constexpr int64_t BLOCK = 384;         // rows of a task
+constexpr int64_t COLUMNS_PART = 256;  // columns of a weight's gradient that are a task where experts are few
 
 enum class Kind { relu, gelu, swiglu };
 
@@ -39,48 +38,52 @@ Kind kind_of(const std::string& name) {
   return Kind::swiglu;
 }
 
-// Runs tasks 0 .. count - 1, each by whichever thread is free.
-template <typename Run>
-void run_tasks(int64_t count, const Run& run) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t task = next++; task < count; task = next++) run(task);
-  });
-}
-
 struct Task {
   int64_t expert, begin, end;  // rows
 };
 
-// Where each slot's row lies, and which slot owns each row.
+// The rows of this operator: those of the plan that a slot owns, each expert's rounded up to a multiple of its own.
 struct Layout {
   int64_t num_tokens, num_slots, num_rows, num_experts;
-  std::vector<int64_t> ends, slot_of_row;  // -1 for rows of padding
+  std::vector<int64_t> ends, slot_of_row, row_of_slot;  // -1 for rows of padding, and for empty slots
   std::vector<Task> tasks;
   std::vector<int64_t> first_tasks;  // of each expert, and the end
+  bool full = true;                  // no slot is empty
 
   Layout(const Tensor& row_of_slot_TK, const Tensor& rows_per_expert_E)
       : num_tokens(row_of_slot_TK.size(0)), num_slots(row_of_slot_TK.size(1)), num_experts(rows_per_expert_E.size(0)) {
     const auto* counts = rows_per_expert_E.const_data_ptr<int64_t>();
-    int64_t row = 0;
-    for (int64_t expert = 0; expert < num_experts; ++expert) {
-      const int64_t end = row + counts[expert];
+    const auto* planned = row_of_slot_TK.const_data_ptr<int64_t>();
+    int64_t num_planned = 0;
+    for (int64_t expert = 0; expert < num_experts; ++expert) num_planned += counts[expert];
+    std::vector<int64_t> slot_of_planned(num_planned, -1);
+    for (int64_t slot = 0; slot < num_tokens * num_slots; ++slot) {
+      if (planned[slot] < num_planned)
+        slot_of_planned[planned[slot]] = slot;
+      else
+        full = false;
+    }
+    row_of_slot.assign(num_tokens * num_slots, -1);
+    const int64_t multiple = row_multiple();
+    for (int64_t expert = 0, row = 0; expert < num_experts; row += counts[expert++]) {
+      const int64_t begin = slot_of_row.size();
+      for (int64_t i = row; i < row + counts[expert]; ++i) {
+        if (slot_of_planned[i] < 0) continue;
+        row_of_slot[slot_of_planned[i]] = slot_of_row.size();
+        slot_of_row.push_back(slot_of_planned[i]);
+      }
+      const int64_t rows = round_up(slot_of_row.size() - begin, multiple);
+      slot_of_row.resize(begin + rows, -1);
       first_tasks.push_back(tasks.size());
-      // Equal parts rather than full blocks and a rest: small products are slow.
-      const int64_t parts = (counts[expert] + BLOCK - 1) / BLOCK;
-      const int64_t size = parts ? ((counts[expert] + parts - 1) / parts + 31) / 32 * 32 : 0;
-      for (; row < end; row = std::min(row + size, end)) tasks.push_back({expert, row, std::min(row + size, end)});
-      ends.push_back(end);
+      // Equal parts rather than full blocks and a rest.
+      const int64_t parts = (rows + BLOCK - 1) / BLOCK;
+      const int64_t size = parts ? round_up((rows + parts - 1) / parts, ROWS) : 0;
+      for (int64_t at = 0; at < rows; at += size)
+        tasks.push_back({expert, begin + at, begin + std::min(at + size, rows)});
+      ends.push_back(begin + rows);
     }
     first_tasks.push_back(tasks.size());
-    num_rows = row;
-    slot_of_row.assign(num_rows, -1);
-    const auto* rows = row_of_slot_TK.const_data_ptr<int64_t>();
-    for (int64_t slot = 0; slot < num_tokens * num_slots; ++slot)
-      if (rows[slot] < num_rows) slot_of_row[rows[slot]] = slot;  // an empty slot has no row
+    num_rows = slot_of_row.size();
   }
 
   // Whether whole experts, as tasks, keep all threads busy.
@@ -93,12 +96,6 @@ struct Layout {
 
   int64_t begin_of(int64_t expert) const { return expert ? ends[expert - 1] : 0; }
 };
-
-// A matrix of the caller's memory; autograd knows nothing of it.
-template <typename T>
-Tensor matrix(const T* data, int64_t rows, int64_t columns) {
-  return at::from_blob(const_cast<T*>(data), {rows, columns}, c10::CppTypeToScalarType<T>::value);
-}
 
 template <typename T>
 struct Weights {
@@ -118,59 +115,21 @@ struct Weights {
     }
   }
 
-  Tensor to_hidden(const T* stacked, int64_t expert) const {
-    return matrix(stacked + expert * d_model * d_ff, d_model, d_ff);
+  // An expert's matrices; with `backward` transposed, as gradients go through them.
+  Right<T> to_hidden(const T* stacked, int64_t expert, bool backward = false) const {
+    return {stacked + expert * d_model * d_ff, d_ff, backward};
   }
-  Tensor to_model(int64_t expert) const { return matrix(out + expert * d_model * d_ff, d_ff, d_model); }
+  Right<T> to_model(int64_t expert, bool backward = false) const {
+    return {out + expert * d_model * d_ff, d_model, backward};
+  }
 };
 
-// WIDTH values, or the count that is left, in fp32; zeros behind them.
-template <typename T>
-inline Floats load(const T* from, int64_t count = WIDTH) {
-  if constexpr (std::is_same_v<T, float>) {
-    return count == WIDTH ? Floats::loadu(from) : Floats::loadu(from, count);
-  } else {
-    if (count == WIDTH) {
-      Floats values;
-      at::vec::load_to_float<T>(from, values);
-      return values;
-    }
-    alignas(64) float buffer[WIDTH] = {};
-    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<float>(from[i]);
-    return Floats::loadu(buffer);
-  }
-}
-
-template <typename T>
-inline void store(const Floats& values, T* to, int64_t count = WIDTH) {
-  if constexpr (std::is_same_v<T, float>) {
-    values.store(to, count);
-  } else {
-    at::vec::convert_from_float<T>(values, values).store(to, count);
-  }
-}
-
-// Calls per_vector on every WIDTH values, in fp32, of inputs and outputs of equal length.
-template <typename T, size_t IN, size_t OUT, typename PerVector>
-inline void map_vectors(const std::array<const T*, IN>& inputs, const std::array<T*, OUT>& outputs, int64_t size,
-                        const PerVector& per_vector) {
-  int64_t at = 0;
-  if constexpr (!std::is_same_v<T, float>) {  // two vectors of fp32 fill one of bf16
-    for (; at + 2 * WIDTH <= size; at += 2 * WIDTH) {
-      std::array<Floats, IN> low, high;
-      for (size_t i = 0; i < IN; ++i)
-        std::tie(low[i], high[i]) = at::vec::convert_to_float<T>(Vectorized<T>::loadu(inputs[i] + at));
-      const std::array<Floats, OUT> first = per_vector(low), second = per_vector(high);
-      for (size_t i = 0; i < OUT; ++i) at::vec::convert_from_float<T>(first[i], second[i]).store(outputs[i] + at);
-    }
-  }
-  for (; at < size; at += WIDTH) {
-    const int64_t count = std::min(WIDTH, size - at);
-    std::array<Floats, IN> values;
-    for (size_t i = 0; i < IN; ++i) values[i] = load(inputs[i] + at, count);
-    const std::array<Floats, OUT> results = per_vector(values);
-    for (size_t i = 0; i < OUT; ++i) store(results[i], outputs[i] + at, count);
-  }
+// Calls with_kind(std::integral_constant<Kind, kind>), so that no vector looks at it again.
+template <typename WithKind>
+void for_kind(Kind kind, const WithKind& with_kind) {
+  if (kind == Kind::relu) with_kind(std::integral_constant<Kind, Kind::relu>{});
+  if (kind == Kind::gelu) with_kind(std::integral_constant<Kind, Kind::gelu>{});
+  if (kind == Kind::swiglu) with_kind(std::integral_constant<Kind, Kind::swiglu>{});
 }
 
 const Floats ZERO(0.0f), ONE(1.0f), HALF(0.5f);
@@ -180,53 +139,27 @@ inline Floats sigmoid(const Floats& x) { return ONE / (ONE + x.neg().exp_u20());
 // Phi(x) of the exact (not the tanh) GELU.
 inline Floats normal_distribution(const Floats& x) { return HALF * (ONE + (x * Floats(0.70710678f)).erf()); }
 
-// activated = act(hidden), or silu(gate) * hidden.
-template <typename T>
-void activate(Kind kind, const T* gate, const T* hidden, T* activated, int64_t size) {
-  if (kind == Kind::swiglu) {
-    map_vectors<T, 2, 1>({gate, hidden}, {activated}, size, [](const std::array<Floats, 2>& v) {
-      return std::array<Floats, 1>{v[0] * sigmoid(v[0]) * v[1]};
-    });
-  } else if (kind == Kind::relu) {
-    map_vectors<T, 1, 1>({hidden}, {activated}, size, [](const std::array<Floats, 1>& v) {
-      return std::array<Floats, 1>{at::vec::clamp_min(v[0], ZERO)};
-    });
-  } else {
-    map_vectors<T, 1, 1>({hidden}, {activated}, size, [](const std::array<Floats, 1>& v) {
-      return std::array<Floats, 1>{v[0] * normal_distribution(v[0])};
-    });
-  }
+// act(hidden), or silu(gate) * hidden.
+template <Kind KIND>
+inline Floats activate(const Floats& gate, const Floats& hidden) {
+  if constexpr (KIND == Kind::swiglu) return gate * sigmoid(gate) * hidden;
+  if constexpr (KIND == Kind::relu) return clamp_min(hidden, ZERO);
+  return hidden * normal_distribution(hidden);
 }
 
-// The activation once more, and the gradients of what went into it from that of what came out of it.
-template <typename T>
-void activate_backward(Kind kind, const T* gate, const T* hidden, const T* d_activated, T* activated, T* d_gate,
-                       T* d_hidden, int64_t size) {
-  if (kind == Kind::swiglu) {
-    map_vectors<T, 3, 3>({gate, hidden, d_activated}, {activated, d_gate, d_hidden}, size,
-                         [](const std::array<Floats, 3>& v) {
-                           const Floats s = sigmoid(v[0]), silu = v[0] * s;
-                           const Floats slope = s * (ONE + v[0] * (ONE - s));
-                           return std::array<Floats, 3>{silu * v[1], v[2] * v[1] * slope, v[2] * silu};
-                         });
-  } else if (kind == Kind::relu) {
-    map_vectors<T, 2, 2>({hidden, d_activated}, {activated, d_hidden}, size, [](const std::array<Floats, 2>& v) {
-      return std::array<Floats, 2>{at::vec::clamp_min(v[0], ZERO), Floats::blendv(ZERO, v[1], v[0] > ZERO)};
-    });
+// The activation once more, and the gradients of gate and hidden from its own.
+template <Kind KIND>
+inline std::array<Floats, 3> activate_backward(const Floats& gate, const Floats& hidden, const Floats& gradient) {
+  if constexpr (KIND == Kind::swiglu) {
+    const Floats s = sigmoid(gate), silu = gate * s;
+    return {silu * hidden, gradient * hidden * s * (ONE + gate * (ONE - s)), gradient * silu};
+  } else if constexpr (KIND == Kind::relu) {
+    return {clamp_min(hidden, ZERO), ZERO, Floats::blendv(ZERO, gradient, hidden > ZERO)};
   } else {
-    map_vectors<T, 2, 2>({hidden, d_activated}, {activated, d_hidden}, size, [](const std::array<Floats, 2>& v) {
-      const Floats phi = normal_distribution(v[0]);
-      const Floats density = Floats(0.39894228f) * (v[0] * v[0] * Floats(-0.5f)).exp();
-      return std::array<Floats, 2>{v[0] * phi, v[1] * (phi + v[0] * density)};
-    });
+    const Floats phi = normal_distribution(hidden);
+    const Floats density = Floats(0.39894228f) * (hidden * hidden * Floats(-0.5f)).exp();
+    return {hidden * phi, ZERO, gradient * (phi + hidden * density)};
   }
-}
-
-template <typename T>
-void add_bias(T* rows, const T* bias, int64_t count, int64_t width) {
-  for (int64_t row = 0; row < count; ++row)
-    map_vectors<T, 2, 1>({rows + row * width, bias}, {rows + row * width}, width,
-                         [](const std::array<Floats, 2>& v) { return std::array<Floats, 1>{v[0] + v[1]}; });
 }
 
 // Copies the rows of a task from where their slots, or tokens, have them; zeros where there is none.
@@ -241,62 +174,83 @@ void gather(const Layout& layout, const Task& task, const T* from, int64_t slots
   }
 }
 
+// Gate and hidden of a task's rows, both kept for the backward pass, and what the activation makes of them.
+template <Kind KIND, typename T>
+void to_hidden(const Task& task, const Weights<T>& weights, const T* rows_in, T* gate, T* hidden, T* activated) {
+  constexpr bool GATED = KIND == Kind::swiglu;
+  const int64_t rows = task.end - task.begin, d_ff = weights.d_ff;
+  const T* bias = GATED ? nullptr : weights.b_in + task.expert * d_ff;
+  const auto finish = [&](int64_t row, int64_t height, int64_t column, int64_t width, const auto& results) {
+    for (int64_t i = 0; i < height; ++i) {
+      const int64_t to = (row + i) * d_ff + column;
+      for_vectors(width, [&](int64_t at, int64_t count) {
+        Floats value = load(results[0] + i * COLUMNS + at, count), gate_value = ZERO;
+        if constexpr (GATED) {
+          gate_value = load(results[1] + i * COLUMNS + at, count);
+          store(gate_value, gate + to + at, count);
+        } else {
+          value = value + load(bias + column + at, count);
+        }
+        store(value, hidden + to + at, count);
+        store(activate<KIND>(gate_value, value), activated + to + at, count);
+      });
+    }
+  };
+  const Left<T> left = Left<T>::of_rows(rows_in, weights.d_model);
+  const Right<T> in = weights.to_hidden(weights.in, task.expert);
+  if constexpr (GATED) {
+    const std::array<Right<T>, 2> both{in, weights.to_hidden(weights.gate, task.expert)};
+    multiply<false>(std::array<Left<T>, 2>{left, left}, both, rows, weights.d_model, 0, d_ff, finish);
+  } else {
+    multiply<false>(std::array<Left<T>, 1>{left}, std::array<Right<T>, 1>{in}, rows, weights.d_model, 0, d_ff, finish);
+  }
+}
+
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_TD, const Layout& layout, const Weights<T>& weights) {
   const int64_t d_model = weights.d_model, d_ff = weights.d_ff;
-  const bool gated = weights.kind == Kind::swiglu;
-  Tensor gate_RF = at::empty({gated ? layout.num_rows : 0, d_ff}, x_TD.options());
+  Tensor gate_RF = at::empty({weights.gate ? layout.num_rows : 0, d_ff}, x_TD.options());
   Tensor hidden_RF = at::empty({layout.num_rows, d_ff}, x_TD.options());
-  const bool full = static_cast<int64_t>(layout.slot_of_row.size()) -
-                        std::count(layout.slot_of_row.begin(), layout.slot_of_row.end(), -1) ==
-                    layout.num_tokens * layout.num_slots;
   const std::vector<int64_t> shape{layout.num_tokens, layout.num_slots, d_model};
-  Tensor y_TKD = full ? at::empty(shape, x_TD.options()) : at::zeros(shape, x_TD.options());
+  Tensor y_TKD = layout.full ? at::empty(shape, x_TD.options()) : at::zeros(shape, x_TD.options());
   const T* x = x_TD.const_data_ptr<T>();
   T *gate = gate_RF.mutable_data_ptr<T>(), *hidden = hidden_RF.mutable_data_ptr<T>(), *y = y_TKD.mutable_data_ptr<T>();
   run_tasks(layout.tasks.size(), [&](int64_t number) {
     const Task& task = layout.tasks[number];
     const int64_t rows = task.end - task.begin, at_hidden = task.begin * d_ff;
-    thread_local std::vector<T> space;
-    space.resize(std::max<size_t>(space.size(), rows * (d_model + d_ff)));
-    T *rows_in = space.data(), *activated = rows_in + rows * d_model, *rows_out = rows_in;  // read before it is written
+    T *rows_in = space_for<T, 0>(rows * d_model), *activated = space_for<T, 1>(rows * d_ff);
     gather(layout, task, x, layout.num_slots, rows_in, d_model);
-    const Tensor in = matrix(rows_in, rows, d_model);
-    Tensor hidden_rows = matrix(hidden + at_hidden, rows, d_ff);
-    at::mm_out(hidden_rows, in, weights.to_hidden(weights.in, task.expert));
-    if (gated) {
-      Tensor gate_rows = matrix(gate + at_hidden, rows, d_ff);
-      at::mm_out(gate_rows, in, weights.to_hidden(weights.gate, task.expert));
-    } else {
-      add_bias(hidden + at_hidden, weights.b_in + task.expert * d_ff, rows, d_ff);
-    }
-    activate(weights.kind, gate + at_hidden, hidden + at_hidden, activated, rows * d_ff);
-    Tensor out = matrix(rows_out, rows, d_model);
-    at::mm_out(out, matrix(activated, rows, d_ff), weights.to_model(task.expert));
-    if (!gated) add_bias(rows_out, weights.b_out + task.expert * d_model, rows, d_model);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t slot = layout.slot_of_row[task.begin + row];
-      if (slot >= 0) std::memcpy(y + slot * d_model, rows_out + row * d_model, d_model * sizeof(T));
-    }
+    for_kind(weights.kind, [&](auto kind) {
+      to_hidden<decltype(kind)::value>(task, weights, rows_in, gate + at_hidden, hidden + at_hidden, activated);
+    });
+    const T* bias = weights.b_out ? weights.b_out + task.expert * d_model : nullptr;
+    multiply<false>(
+        std::array<Left<T>, 1>{Left<T>::of_rows(activated, d_ff)}, std::array<Right<T>, 1>{weights.to_model(task.expert)},
+        rows, d_ff, 0, d_model, [&](int64_t row, int64_t height, int64_t column, int64_t width, const auto& results) {
+          for (int64_t i = 0; i < height; ++i) {
+            const int64_t slot = layout.slot_of_row[task.begin + row + i];
+            if (slot < 0) continue;
+            for_vectors(width, [&](int64_t at, int64_t count) {
+              const Floats value = load(results[0] + i * COLUMNS + at, count);
+              store(bias ? value + load(bias + column + at, count) : value, y + slot * d_model + column + at, count);
+            });
+          }
+        });
   });
   return {y_TKD, gate_RF, hidden_RF};
 }
 
-// Sums the rows of each token's slots, which lie in one or more parts of R rows each, in fp32.
+// Sums the rows of each token's slots, in fp32.
 template <typename T>
-void sum_slots(const Layout& layout, const Tensor& row_of_slot_TK, const T* rows_PRD, int64_t parts, T* sums_TD,
-               int64_t d_model) {
-  const auto* rows = row_of_slot_TK.const_data_ptr<int64_t>();
+void sum_slots(const Layout& layout, const T* rows_RD, T* sums_TD, int64_t d_model) {
   at::parallel_for(0, layout.num_tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      for (int64_t at = 0; at < d_model; at += WIDTH) {
-        const int64_t count = std::min(WIDTH, d_model - at);
+      for_vectors(d_model, [&](int64_t at, int64_t count) {
         Floats sum(0.0f);
         for (int64_t slot = token * layout.num_slots; slot < (token + 1) * layout.num_slots; ++slot)
-          for (int64_t part = 0; part < parts && rows[slot] < layout.num_rows; ++part)
-            sum = sum + load(rows_PRD + (part * layout.num_rows + rows[slot]) * d_model + at, count);
+          if (layout.row_of_slot[slot] >= 0) sum = sum + load(rows_RD + layout.row_of_slot[slot] * d_model + at, count);
         store(sum, sums_TD + token * d_model + at, count);
-      }
+      });
     }
   });
 }
@@ -304,12 +258,80 @@ void sum_slots(const Layout& layout, const Tensor& row_of_slot_TK, const T* rows
 // Sums an expert's rows, in fp32.
 template <typename T>
 void sum_rows(const T* rows, int64_t num_rows, int64_t width, T* sums) {
-  for (int64_t at = 0; at < width; at += WIDTH) {
-    const int64_t count = std::min(WIDTH, width - at);
+  for_vectors(width, [&](int64_t at, int64_t count) {
     Floats sum(0.0f);
     for (int64_t row = 0; row < num_rows; ++row) sum = sum + load(rows + row * width + at, count);
     store(sum, sums + at, count);
+  });
+}
+
+// The rows that the backward pass of an expert works on, sorted by expert.
+template <typename T>
+struct Rows {
+  T *x, *dy, *activated, *d_gate, *d_hidden, *dx;
+};
+
+// The gradients of a task's gate, hidden and input, with the activation once more.
+template <Kind KIND, typename T>
+void rows_backward(const Task& task, const Weights<T>& weights, const T* gate, const T* hidden, const Rows<T>& rows) {
+  constexpr bool GATED = KIND == Kind::swiglu;
+  const int64_t d_model = weights.d_model, d_ff = weights.d_ff, num_rows = task.end - task.begin;
+  const int64_t at_hidden = task.begin * d_ff, at_model = task.begin * d_model;
+  multiply<false>(
+      std::array<Left<T>, 1>{Left<T>::of_rows(rows.dy + at_model, d_model)},
+      std::array<Right<T>, 1>{weights.to_model(task.expert, true)}, num_rows, d_model, 0, d_ff,
+      [&](int64_t row, int64_t height, int64_t column, int64_t width, const auto& results) {
+        for (int64_t i = 0; i < height; ++i) {
+          const int64_t to = at_hidden + (row + i) * d_ff + column;
+          for_vectors(width, [&](int64_t at, int64_t count) {
+            const Floats gate_value = GATED ? load(gate + to + at, count) : ZERO;
+            const auto [activated, d_gate, d_hidden] = activate_backward<KIND>(
+                gate_value, load(hidden + to + at, count), load(results[0] + i * COLUMNS + at, count));
+            store(activated, rows.activated + to + at, count);
+            if (GATED) store(d_gate, rows.d_gate + to + at, count);
+            store(d_hidden, rows.d_hidden + to + at, count);
+          });
+        }
+      });
+  const auto finish = [&](int64_t row, int64_t height, int64_t column, int64_t width, const auto& results) {
+    for (int64_t i = 0; i < height; ++i)
+      for_vectors(width, [&](int64_t at, int64_t count) {
+        store(load(results[0] + i * COLUMNS + at, count), rows.dx + at_model + (row + i) * d_model + column + at, count);
+      });
+  };
+  const Left<T> d_hidden = Left<T>::of_rows(rows.d_hidden + at_hidden, d_ff);
+  const Right<T> in = weights.to_hidden(weights.in, task.expert, true);
+  if constexpr (GATED) {
+    const std::array<Left<T>, 2> both{d_hidden, Left<T>::of_rows(rows.d_gate + at_hidden, d_ff)};
+    const std::array<Right<T>, 2> through{in, weights.to_hidden(weights.gate, task.expert, true)};
+    multiply<true>(both, through, num_rows, d_ff, 0, d_model, finish);
+  } else {
+    multiply<true>(std::array<Left<T>, 1>{d_hidden}, std::array<Right<T>, 1>{in}, num_rows, d_ff, 0, d_model, finish);
   }
+}
+
+// Columns `first` to `last` of the gradients of one or two of an expert's weights, which have the same input: the sum
+// over its rows of input times gradient.
+template <size_t P, typename T>
+void weights_backward(const T* inputs, int64_t height, const std::array<const T*, P>& gradients, int64_t width,
+                      int64_t rows, const std::array<T*, P>& to, int64_t first, int64_t last) {
+  if (rows == 0) {
+    for (T* one : to)
+      for (int64_t row = 0; row < height; ++row) std::fill(one + row * width + first, one + row * width + last, T(0));
+    return;
+  }
+  std::array<Left<T>, P> lefts;
+  lefts.fill(transposed(inputs, rows, height));
+  std::array<Right<T>, P> rights;
+  for (size_t p = 0; p < P; ++p) rights[p] = {gradients[p], width};
+  multiply<false>(lefts, rights, height, rows, first, last,
+                  [&](int64_t row, int64_t count, int64_t column, int64_t columns, const auto& results) {
+                    for (size_t p = 0; p < P; ++p)
+                      for (int64_t i = 0; i < count; ++i)
+                        for_vectors(columns, [&](int64_t at, int64_t left) {
+                          store(load(results[p] + i * COLUMNS + at, left), to[p] + (row + i) * width + column + at, left);
+                        });
+                  });
 }
 
 struct Gradients {
@@ -317,39 +339,26 @@ struct Gradients {
 };
 
 template <typename T>
-Gradients backward(const Tensor& dy_TKD, const Tensor& x_TD, const Tensor& row_of_slot_TK, const Layout& layout,
-                   const Tensor& gate_RF, const Tensor& hidden_RF, const Weights<T>& weights, bool need_weights) {
+Gradients backward(const Tensor& dy_TKD, const Tensor& x_TD, const Layout& layout, const Tensor& gate_RF,
+                   const Tensor& hidden_RF, const Weights<T>& weights, bool need_weights) {
   const int64_t d_model = weights.d_model, d_ff = weights.d_ff, num_rows = layout.num_rows;
   const bool gated = weights.kind == Kind::swiglu;
   const auto options = x_TD.options();
   Tensor x_RD = at::empty({need_weights ? num_rows : 0, d_model}, options), dy_RD = at::empty({num_rows, d_model}, options);
   Tensor activated_RF = at::empty({num_rows, d_ff}, options), d_hidden_RF = at::empty({num_rows, d_ff}, options);
-  Tensor d_gate_RF = at::empty({gated ? num_rows : 0, d_ff}, options), dx_2RD = at::empty({(gated ? 2 : 1) * num_rows, d_model}, options);
+  Tensor d_gate_RF = at::empty({gated ? num_rows : 0, d_ff}, options), dx_RD = at::empty({num_rows, d_model}, options);
+  const Rows<T> rows{x_RD.mutable_data_ptr<T>(),       dy_RD.mutable_data_ptr<T>(),     activated_RF.mutable_data_ptr<T>(),
+                     d_gate_RF.mutable_data_ptr<T>(), d_hidden_RF.mutable_data_ptr<T>(), dx_RD.mutable_data_ptr<T>()};
   const T *x = x_TD.const_data_ptr<T>(), *dy = dy_TKD.const_data_ptr<T>();
   const T *gate = gate_RF.const_data_ptr<T>(), *hidden = hidden_RF.const_data_ptr<T>();
-  T *x_rows = x_RD.mutable_data_ptr<T>(), *dy_rows = dy_RD.mutable_data_ptr<T>(), *dx_rows = dx_2RD.mutable_data_ptr<T>();
-  T *activated = activated_RF.mutable_data_ptr<T>(), *d_hidden = d_hidden_RF.mutable_data_ptr<T>();
-  T* d_gate = d_gate_RF.mutable_data_ptr<T>();
   const auto of_rows = [&](const Task& task) {
-    const int64_t rows = task.end - task.begin, at_hidden = task.begin * d_ff, at_model = task.begin * d_model;
-    thread_local std::vector<T> space;
-    space.resize(std::max<size_t>(space.size(), rows * d_ff));
-    if (need_weights) gather(layout, task, x, layout.num_slots, x_rows + at_model, d_model);
-    gather(layout, task, dy, 1, dy_rows + at_model, d_model);
-    Tensor d_activated = matrix(space.data(), rows, d_ff);
-    at::mm_out(d_activated, matrix(dy_rows + at_model, rows, d_model), weights.to_model(task.expert).t());
-    activate_backward(weights.kind, gate + at_hidden, hidden + at_hidden, space.data(), activated + at_hidden,
-                      d_gate + at_hidden, d_hidden + at_hidden, rows * d_ff);
-    Tensor dx = matrix(dx_rows + at_model, rows, d_model);
-    at::mm_out(dx, matrix(d_hidden + at_hidden, rows, d_ff), weights.to_hidden(weights.in, task.expert).t());
-    if (gated) {  // summed with the other at the end: accumulating products are slow in bf16, and round in between
-      Tensor dx_by_gate = matrix(dx_rows + num_rows * d_model + at_model, rows, d_model);
-      at::mm_out(dx_by_gate, matrix(d_gate + at_hidden, rows, d_ff), weights.to_hidden(weights.gate, task.expert).t());
-    }
+    if (need_weights) gather(layout, task, x, layout.num_slots, rows.x + task.begin * d_model, d_model);
+    gather(layout, task, dy, 1, rows.dy + task.begin * d_model, d_model);
+    for_kind(weights.kind, [&](auto kind) { rows_backward<decltype(kind)::value>(task, weights, gate, hidden, rows); });
   };
 
   Gradients found;
-  const int64_t num_experts = need_weights ? layout.num_experts : 0, matrices = gated ? 3 : 2;
+  const int64_t num_experts = need_weights ? layout.num_experts : 0;
   found.in = at::empty({num_experts, d_model, d_ff}, options);
   found.out = at::empty({num_experts, d_ff, d_model}, options);
   found.gate = at::empty({gated ? num_experts : 0, d_model, d_ff}, options);
@@ -358,34 +367,48 @@ Gradients backward(const Tensor& dy_TKD, const Tensor& x_TD, const Tensor& row_o
   T *to_in = found.in.mutable_data_ptr<T>(), *to_out = found.out.mutable_data_ptr<T>();
   T *to_gate = found.gate.mutable_data_ptr<T>(), *to_b_in = found.b_in.mutable_data_ptr<T>();
   T* to_b_out = found.b_out.mutable_data_ptr<T>();
-  const auto of_weights = [&](int64_t expert, int64_t which) {
-    const int64_t begin = layout.begin_of(expert), rows = layout.ends[expert] - begin;
-    const auto product = [&](const T* left, int64_t height, const T* right, int64_t width, T* to) {
-      Tensor result = matrix(to + expert * height * width, height, width);
-      if (rows == 0)
-        result.zero_();
-      else
-        at::mm_out(result, matrix(left + begin * height, rows, height).t(), matrix(right + begin * width, rows, width));
-    };
-    if (which == 0) product(x_rows, d_model, d_hidden, d_ff, to_in);
-    if (which == 1) product(activated, d_ff, dy_rows, d_model, to_out);
-    if (which == 2) product(x_rows, d_model, d_gate, d_ff, to_gate);
-    if (!gated && which == 0) sum_rows(d_hidden + begin * d_ff, rows, d_ff, to_b_in + expert * d_ff);
-    if (!gated && which == 1) sum_rows(dy_rows + begin * d_model, rows, d_model, to_b_out + expert * d_model);
+  const auto of_hidden = [&](int64_t expert, int64_t first, int64_t last) {
+    const int64_t begin = layout.begin_of(expert), count = layout.ends[expert] - begin, at = expert * d_model * d_ff;
+    const T *inputs = rows.x + begin * d_model, *d_hidden = rows.d_hidden + begin * d_ff;
+    if (gated) {
+      const std::array<const T*, 2> gradients{d_hidden, rows.d_gate + begin * d_ff};
+      weights_backward<2, T>(inputs, d_model, gradients, d_ff, count, {to_in + at, to_gate + at}, first, last);
+    } else {
+      weights_backward<1, T>(inputs, d_model, {d_hidden}, d_ff, count, {to_in + at}, first, last);
+      if (first == 0) sum_rows(d_hidden, count, d_ff, to_b_in + expert * d_ff);
+    }
+  };
+  const auto of_model = [&](int64_t expert, int64_t first, int64_t last) {
+    const int64_t begin = layout.begin_of(expert), count = layout.ends[expert] - begin, at = expert * d_model * d_ff;
+    const T* gradients = rows.dy + begin * d_model;
+    weights_backward<1, T>(rows.activated + begin * d_ff, d_ff, {gradients}, d_model, count, {to_out + at}, first, last);
+    if (!gated && first == 0) sum_rows(gradients, count, d_model, to_b_out + expert * d_model);
   };
 
   if (layout.experts_fill_threads()) {  // an expert's weights' gradients at once, while its rows are in the cache
     run_tasks(layout.num_experts, [&](int64_t expert) {
       for (int64_t number = layout.first_tasks[expert]; number < layout.first_tasks[expert + 1]; ++number)
         of_rows(layout.tasks[number]);
-      for (int64_t which = 0; which < matrices && need_weights; ++which) of_weights(expert, which);
+      if (!need_weights) return;
+      of_hidden(expert, 0, d_ff);
+      of_model(expert, 0, d_model);
     });
   } else {
     run_tasks(layout.tasks.size(), [&](int64_t number) { of_rows(layout.tasks[number]); });
-    run_tasks(num_experts * matrices, [&](int64_t number) { of_weights(number / matrices, number % matrices); });
+    const int64_t hidden_parts = (d_ff + COLUMNS_PART - 1) / COLUMNS_PART;
+    const int64_t parts = hidden_parts + (d_model + COLUMNS_PART - 1) / COLUMNS_PART;
+    run_tasks(num_experts * parts, [&](int64_t number) {
+      const int64_t expert = number / parts, part = number % parts;
+      const bool is_hidden = part < hidden_parts;
+      const int64_t first = (is_hidden ? part : part - hidden_parts) * COLUMNS_PART;
+      if (is_hidden)
+        of_hidden(expert, first, std::min(first + COLUMNS_PART, d_ff));
+      else
+        of_model(expert, first, std::min(first + COLUMNS_PART, d_model));
+    });
   }
   found.x = at::empty_like(x_TD);
-  sum_slots(layout, row_of_slot_TK, dx_rows, gated ? 2 : 1, found.x.mutable_data_ptr<T>(), d_model);
+  sum_slots(layout, rows.dx, found.x.mutable_data_ptr<T>(), d_model);
   return found;
 }
 
@@ -399,13 +422,12 @@ Tensor combine(const Tensor& y_TKD, const Tensor& weights_TK) {
   T* out = out_TD.mutable_data_ptr<T>();
   at::parallel_for(0, num_tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      for (int64_t at = 0; at < d_model; at += WIDTH) {
-        const int64_t count = std::min(WIDTH, d_model - at);
+      for_vectors(d_model, [&](int64_t at, int64_t count) {
         Floats sum(0.0f);
         for (int64_t slot = token * num_slots; slot < (token + 1) * num_slots; ++slot)
-          sum = at::vec::fmadd(Floats(weights[slot]), load(y + slot * d_model + at, count), sum);
+          sum = fmadd(Floats(weights[slot]), load(y + slot * d_model + at, count), sum);
         store(sum, out + token * d_model + at, count);
-      }
+      });
     }
   });
   return out_TD;
@@ -423,23 +445,15 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout_TD, const Tensor&
     for (int64_t slot = begin * num_slots; slot < end * num_slots; ++slot) {
       const Floats weight(weights[slot]);
       Floats product(0.0f);
-      for (int64_t at = 0; at < d_model; at += WIDTH) {
-        const int64_t count = std::min(WIDTH, d_model - at);
+      for_vectors(d_model, [&](int64_t at, int64_t count) {
         const Floats gradient = load(dout + slot / num_slots * d_model + at, count);
-        product = at::vec::fmadd(gradient, load(y + slot * d_model + at, count), product);
+        product = fmadd(gradient, load(y + slot * d_model + at, count), product);
         store(gradient * weight, dy + slot * d_model + at, count);
-      }
-      dweights[slot] = at::vec::vec_reduce_all<float>([](Floats& a, Floats& b) { return a + b; }, product);
+      });
+      dweights[slot] = sum_of(product);
     }
   });
   return {dy_TKD, dweights_TK};
-}
-
-template <typename Run>
-auto dispatch(at::ScalarType dtype, const Run& run) {
-  if (dtype == at::kFloat) return run(float{});
-  TORCH_CHECK(dtype == at::kBFloat16, "the experts' kernel computes in float32 and bfloat16, not in ", dtype);
-  return run(at::BFloat16{});
 }
 
 std::tuple<Tensor, Tensor, Tensor> experts_forward(
@@ -461,7 +475,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   const Layout layout(row_of_slot_TK, rows_per_expert_E);
   const Gradients found = dispatch(x_TD.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    return backward<T>(dy_TKD, x_TD, row_of_slot_TK, layout, gate_RF, hidden_RF,
+    return backward<T>(dy_TKD, x_TD, layout, gate_RF, hidden_RF,
                        Weights<T>(kind, w_gate, w_in, b_in, w_out, b_out), need_weights);
   });
   return {found.x, found.gate, found.in, found.b_in, found.out, found.b_out};
@@ -478,7 +492,7 @@ std::tuple<Tensor, Tensor> combine_backward_any(const Tensor& dout_TD, const Ten
 
 }  // namespace
 
-TORCH_LIBRARY(smoe_train, library) {
+TORCH_LIBRARY_FRAGMENT(smoe_train, library) {
   library.def(
       "experts_forward(Tensor x, Tensor row_of_slot, Tensor rows_per_expert, str kind, Tensor? w_gate, Tensor w_in, "
       "Tensor? b_in, Tensor w_out, Tensor? b_out) -> (Tensor y, Tensor gate, Tensor hidden)");

@@ -1,4 +1,4 @@
-"""Self-attention on torch's scaled-dot-product kernels, with rotary positions and a key-value cache.
+"""Self-attention in the configured form, with rotary positions and a key-value cache.
 
 Shape suffixes: B batch, S sequence, D d_model, H heads, W head width.
 """
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoe_train import kernels
 from smoe_train.model.performance import AttentionForm
 
 
@@ -22,6 +23,10 @@ class Attention(nn.Module):
         num_heads: H.
         layer: Index of the layer, its place in a key-value cache.
         causal: Whether a token sees only itself and those before it.
+
+    Attributes:
+        form: How it is computed.
+        fused: Whether the operator of `smoe_train.kernels`, which must be loaded, does it where it can.
     """
 
     def __init__(self, d_model: int, num_heads: int, layer: int, causal: bool = True) -> None:
@@ -30,6 +35,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.causal = causal
         self.form: AttentionForm = "sdpa"
+        self.fused = False
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -50,7 +56,9 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if self.form == "matmul" or (self.form == "auto" and _matmul_is_faster(q)):
+        if self.fused and kernels.attends(q, k, allowed):
+            y_BHSW = kernels.attend(q, k, v, self.causal)
+        elif self.form == "matmul" or (self.form == "auto" and _matmul_is_faster(q)):
             y_BHSW = matmul_attention(q, k, v, allowed, self.causal)
         else:
             causal = self.causal and allowed is None

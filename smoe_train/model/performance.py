@@ -14,7 +14,7 @@ from smoe_train.config import StrictModel
 if TYPE_CHECKING:
     from torch import nn
 
-AttentionForm = Literal["sdpa", "matmul", "auto"]
+AttentionForm = Literal["sdpa", "matmul", "cpp", "auto"]
 ExpertsForm = Literal["torch", "cpp", "auto"]
 Recompute = Literal["none", "attention", "experts", "all"]  # what is computed again in the backward pass
 
@@ -24,12 +24,14 @@ class PerformanceConfig(StrictModel):
 
     experts: ExpertsForm = "torch"
     """The experts on a CPU. ``torch``: PyTorch's operations. ``cpp``: an operator that is compiled at the first use on
-    a machine (about 10 s; needs a C++ compiler), for fp32 and bf16; accelerators keep to PyTorch's grouped product.
+    a machine (about 20 s; needs a C++ compiler), for fp32 and bf16; accelerators keep to PyTorch's grouped product.
     ``auto``: ``cpp`` where it can be compiled, and a note where not."""
     attention: AttentionForm = "sdpa"
-    """``sdpa``: torch's fused kernels. ``matmul``: two products and a softmax over all scores, which take memory with
-    the square of the sequence and are rounded to bf16 in between. ``auto``: ``matmul`` where that is faster by
-    measurement, which is in bf16 on a CPU for sequences up to 512 tokens, else ``sdpa``."""
+    """``sdpa``: torch's kernels. ``cpp``: on a CPU an operator that is compiled with that of the experts, for attention
+    without a mask (of padding, or of documents in a packed sequence); with one, and on accelerators, ``sdpa``.
+    ``matmul``: two products and a softmax over all scores, which take memory with the square of the sequence and are
+    rounded to bf16 in between. ``auto``: what is fastest by measurement: on a CPU ``cpp`` where it can be compiled and
+    there is no mask; otherwise ``matmul`` in bf16 on a CPU up to 512 tokens, and ``sdpa`` for all else."""
     compile: bool = False
     """Whether attention, norms, dense feed-forwards and the loss are compiled by torch for training. The first step
     takes up to a minute longer; experts and routers stay as they are, since their shapes change in every step."""
@@ -49,7 +51,7 @@ def apply_performance(model: nn.Module, config: PerformanceConfig, device_type: 
     Raises:
         LaunchError: A form was asked for that cannot be had on this machine.
     """
-    notes = _fuse_experts(model, config.experts, device_type) + chunk_logits(model, config)
+    notes = _fuse(model, config, device_type) + chunk_logits(model, config)
     return notes + _dense_parts(model, config)
 
 
@@ -78,18 +80,27 @@ def chunk_logits(model: nn.Module, config: PerformanceConfig) -> list[str]:
     return [f"loss: the logits of {config.logits_chunk_tokens} tokens at a time"]
 
 
-def _fuse_experts(model: nn.Module, form: ExpertsForm, device_type: str) -> list[str]:
-    from smoe_train.kernels.build import load_experts_kernel, why_not
+def _fuse(model: nn.Module, config: PerformanceConfig, device_type: str) -> list[str]:
+    from smoe_train.kernels.build import load_kernels, why_not
+    from smoe_train.model.attention import Attention
     from smoe_train.model.feed_forward import StackedExperts
     from smoe_train.routing import Router
 
-    stacks = [module for module in model.modules() if isinstance(module, StackedExperts)]
-    if form == "torch" or device_type != "cpu" or not stacks:
-        return []
-    if form == "auto" and (missing := why_not()) is not None:
-        return [f"experts: PyTorch's operations, as {missing}"]
-    load_experts_kernel()
-    for module in model.modules():
-        if isinstance(module, (StackedExperts, Router)):
-            module.fused = True
-    return ["experts: the compiled operator"]
+    modules = list(model.modules())
+    parts: dict[str, tuple[str, tuple[type[nn.Module], ...]]] = {
+        "attention": (config.attention, (Attention,)),
+        "experts": (config.experts, (StackedExperts, Router)),
+    }
+    notes = []
+    for part, (form, kinds) in parts.items():
+        fused = [module for module in modules if isinstance(module, kinds)]
+        if form not in ("cpp", "auto") or device_type != "cpu" or not fused:
+            continue
+        if form == "auto" and (missing := why_not()) is not None:
+            notes.append(f"{part}: PyTorch's operations, as {missing}")
+            continue
+        load_kernels()
+        for module in fused:
+            module.fused = True  # type: ignore[assignment]
+        notes.append(f"{part}: the compiled operator")
+    return notes

@@ -17,6 +17,7 @@ FORMS = {
     "plain": {},
     "cpp": {"experts": "cpp"},
     "matmul": {"attention": "matmul"},
+    "attention": {"attention": "cpp"},
     "chunks": {"logits_chunk_tokens": 100},
     "all": {"experts": "cpp", "attention": "auto", "logits_chunk_tokens": 100},
     "compiled": {"experts": "cpp", "attention": "auto", "compile": True},
@@ -60,7 +61,9 @@ def plain(request):
     return request.param, expected, float((expected - other)[half:].abs().mean())
 
 
-@pytest.mark.parametrize("form", ["cpp", "matmul", "chunks", "all", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form", ["cpp", "attention", "matmul", "chunks", "all", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 def test_500_steps_follow_the_plain_form(plain, form):
     dtype, expected, noise = plain
     found = curve(form, dtype=dtype)

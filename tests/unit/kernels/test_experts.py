@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoe_train.errors import LaunchError
-from smoe_train.kernels import build
+from smoe_train.kernels import build, self_check
 from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.parallel.dispatch_plan import plan_dispatch, plan_everyone, row_multiple
 
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 @pytest.fixture(scope="module", autouse=True)
 def kernel():
     """The operator, compiled if it is not there yet."""
-    return build.load_experts_kernel()
+    return build.load_kernels()
 
 
 def stacked(kind, dtype, num_experts, d_model=D_MODEL, d_ff=D_FF):
@@ -111,6 +111,29 @@ def test_gradients_are_those_of_autograd(kind, dtype, tokens):
     assert_close(found, reference, dtype)
 
 
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d_model", "d_ff"), [(64, 128), (33, 71), (96, 300), (160, 65)], ids=str)
+def test_widths_of_whole_blocks_and_odd_ones(kind, dtype, d_model, d_ff):
+    """Few experts, so that two threads share an expert, whose gradient is cut into parts of 256 columns."""
+    generator = torch.Generator().manual_seed(6)
+    ids_TK = torch.randint(0, 2, (300, 1), generator=generator)
+    shapes = ((300, d_model), (300, 1, d_model))
+    x_TD, dy_TKD = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    experts = stacked(kind, dtype, 2, d_model, d_ff)
+    plan, before = plan_dispatch(ids_TK, 2, row_multiple(x_TD)), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(run(experts, x_TD, plan, dy_TKD, fused=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    reference = run(experts.double(), x_TD.double(), plan_dispatch(ids_TK, 2), dy_TKD.double(), fused=False)
+    assert_close(results[0], [value.to(dtype) for value in reference], dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_everyone_on_everything(dtype):
     """A contest: each token visits all experts."""
@@ -156,12 +179,23 @@ def test_what_it_does_not_compute_is_left_to_pytorch():
     assert experts(torch.ones(2, 24, dtype=torch.float64), plan).dtype == torch.float64
 
 
+def test_operators_that_are_wrong_on_a_cpu_are_not_used(kernel, monkeypatch):
+    monkeypatch.setattr(build, "_loaded", [])
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(build.attention, "register", lambda: None)
+    right = self_check.run_experts
+    monkeypatch.setattr(self_check, "run_experts", lambda *arguments: right(*arguments) * 1.001)
+    with pytest.raises(LaunchError, match=r"something else .* experts in float32 are off by 1\.0e-03"):
+        build.load_kernels()
+    assert build._loaded == []
+
+
 def test_without_a_compiler_there_is_a_message(tmp_path, monkeypatch, kernel):
     monkeypatch.setattr(build, "_loaded", [])
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(LaunchError, match=r"no C\+\+ compiler \(no-such-compiler\); install g\+\+.*or use torch"):
-        build.load_experts_kernel()
+    with pytest.raises(LaunchError, match=r"no C\+\+ compiler \(no-such-compiler\); install g\+\+.*experts=torch"):
+        build.load_kernels()
 
 
 def test_a_compiler_that_fails_is_a_message(tmp_path, monkeypatch, kernel):
@@ -171,8 +205,8 @@ def test_a_compiler_that_fails_is_a_message(tmp_path, monkeypatch, kernel):
     monkeypatch.setattr(build, "_loaded", [])
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(LaunchError, match=r"the compiler failed in .*cache.*use torch"):
-        build.load_experts_kernel()
+    with pytest.raises(LaunchError, match=r"the compiler failed in .*cache.*use experts=torch"):
+        build.load_kernels()
 
 
 def test_a_build_that_was_broken_off_is_made_again(tmp_path, monkeypatch, kernel):
@@ -190,7 +224,8 @@ def test_a_build_that_was_broken_off_is_made_again(tmp_path, monkeypatch, kernel
     monkeypatch.setattr("torch.utils.cpp_extension.load", copy)
     monkeypatch.setattr(build, "_loaded", [])
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(build.attention, "register", lambda: None)
     for _ in range(2):
         build._loaded.clear()
-        assert build.load_experts_kernel() == folder / kernel.name
+        assert build.load_kernels() == folder / kernel.name
     assert tried == [[]]

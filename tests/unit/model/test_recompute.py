@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.small_model import small_model, text
 
-from smoe_train.kernels.build import load_experts_kernel
+from smoe_train.kernels.build import load_kernels
 from smoe_train.model import StackedExperts
 from smoe_train.schedules import Knobs
 
@@ -18,7 +18,7 @@ FP32 = 4
 def model_of(form, **changes):
     model = small_model(d_model=D, d_ff_expert=F, d_ff=D_FF, feed_forward="swiglu", norm="rms_norm", **changes)
     if form == "cpp":
-        load_experts_kernel()
+        load_kernels()
     for module in model.modules():
         if isinstance(module, StackedExperts):
             module.fused = form == "cpp"
