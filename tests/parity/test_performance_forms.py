@@ -36,7 +36,10 @@ def curve(form, seed=0, dtype=torch.float32):
     )
     model = SmoeForCausalLM(SmoeConfig.create(section, 256, LENGTH, seed=seed)).to(dtype).train()
     apply_performance(model, PerformanceConfig(**FORMS[form]), "cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    # As DeepSpeed trains in bf16: what is updated is in fp32. Without that, rounding alone changes a curve as much as
+    # another seed does.
+    masters = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(masters, lr=3e-3, fused=True)
     text = torch.tensor(list("".join(pydoc_data.topics.topics.values()).encode()))
     generator = torch.Generator().manual_seed(seed)
     losses = []
@@ -46,9 +49,14 @@ def curve(form, seed=0, dtype=torch.float32):
         output = model(pieces[:, :-1].contiguous(), targets=pieces[:, 1:].contiguous())
         loss = output.task_loss + 0.01 * output.router_losses["load_balance_loss"]
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        clip_grad_norm_(masters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                parameter.copy_(master)
+        model.zero_grad()
         losses.append(output.task_loss.detach().float())
     return torch.stack(losses).view(-1, WINDOW).mean(dim=1)
 
