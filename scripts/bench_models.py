@@ -338,20 +338,22 @@ def check_agreement(shape: Shape, names: list[str]) -> float:
     Raises:
         SystemExit: It is more than rounding: the layers would not do the same work.
     """
-    layer: Any = our_model(shape, {}, {"experts": "cpp"}).model.layers[0].moe
-    layer.bank.experts.fused = False
+    block: Any = our_model(shape, {}, {"experts": "cpp", "attention": "cpp"}).model.layers[0]
+    layer, attention = block.moe, block.attention
+    layer.bank.experts.fused = attention.fused = False
     x_TD, ids_T = torch.randn(shape.tokens, shape.d_model), torch.zeros(shape.tokens, dtype=torch.int64)
+    x_BSD = x_TD.view(-1, shape.sequence_length, shape.d_model)
     context = Context(step=0, layer=0, top_k=shape.top_k, training=True)
     with torch.no_grad():
-        expected, found = layer(x_TD, ids_T, context).out_TD, {}
-        if "smoe_train" in names:
-            layer.bank.experts.fused = True
-            found["smoe_train"] = layer(x_TD, ids_T, context).out_TD
+        expected, attended = layer(x_TD, ids_T, context).out_TD, attention(x_BSD, None, None)
+        layer.bank.experts.fused = attention.fused = True
+        pairs = {"smoe_train_attention": (attention(x_BSD, None, None), attended)}
+        pairs["smoe_train"] = (layer(x_TD, ids_T, context).out_TD, expected)
         for name in SAME_RESULT & set(names):
-            found[name] = PEERS[name](layer.router, layer.bank.experts, shape.top_k)(x_TD)
+            pairs[name] = (PEERS[name](layer.router, layer.bank.experts, shape.top_k)(x_TD), expected)
     worst = 0.0
-    for name, value in found.items():
-        difference = float((value - expected).abs().max() / expected.abs().max())
+    for name, (value, reference) in pairs.items():
+        difference = float((value - reference).abs().max() / reference.abs().max())
         if not difference < TOLERANCE:
             raise SystemExit(f"{name} disagrees by {difference:.1e} of the largest output; comparing would be void")
         worst = max(worst, difference)

@@ -63,9 +63,11 @@ SLOW = ("module_list_loop", "mixtral_eager", "olmoe_eager")
 COMPILED = ("smoe_train_attention", "smoe_train_compiled", "dense_attention", "dense_compiled")
 POLICIES = ("policy_hyper_router", "policy_sim_smoe", "policy_compete_smoe", "policy_all_experts")
 SCENARIOS = (
-    Scenario("fp32", "fp32", (*BOUND, *GROUPED, *DEEPSPEED, *SLOW)),
+    Scenario("fp32", "fp32", (*BOUND, *COMPILED, *GROUPED, *DEEPSPEED, *SLOW)),
     Scenario("bf16", "bf16", (*BOUND, *COMPILED, *GROUPED, *DEEPSPEED), warmup=TUNED_WARMUP),
-    Scenario("bf16_defaults", "bf16", ("dense", *LAYERS, *GROUPED, *DEEPSPEED, *SLOW), tuned=False),
+    Scenario(
+        "bf16_defaults", "bf16", ("dense", *LAYERS, "smoe_train_attention", *GROUPED, *DEEPSPEED, *SLOW), tuned=False
+    ),
     *(
         Scenario(f"{precision}_{experts}_experts", precision, BOUND, {"experts": experts})
         for precision in ("fp32", "bf16")
@@ -89,12 +91,17 @@ SPEED_GOALS = (
     ("bf16", "smoe_train_torch", "dense", 0.65),
     ("bf16", "smoe_train_compiled", "dense", 1.35),
     ("bf16", "smoe_train_compiled", "dense_compiled", 0.75),
+    # Of the layer alone, in one transformer, and then of whole steps as one would configure them.
     ("bf16", "smoe_train", "deepspeed_dropless", 1.7),
     ("bf16", "smoe_train", "mixtral_grouped", 1.35),
     ("bf16", "smoe_train", "mixtral_block_grouped", 1.35),
+    ("bf16", "smoe_train_attention", "deepspeed_dropless", 1.7),
+    ("bf16", "smoe_train_attention", "mixtral_grouped", 1.35),
     ("bf16_defaults", "smoe_train", "deepspeed_dropless", 1.7),
     ("bf16_defaults", "smoe_train", "mixtral_grouped", 2.8),
     ("bf16_defaults", "smoe_train", "mixtral_block_grouped", 2.8),
+    ("bf16_defaults", "smoe_train_attention", "deepspeed_dropless", 1.7),
+    ("bf16_defaults", "smoe_train_attention", "mixtral_grouped", 2.8),
     ("bf16_64_experts", "smoe_train", "dense", 0.55),
     ("bf16_64_experts", "smoe_train", "oracle", 1.0),
     ("bf16_8192_tokens", "smoe_train", "dense", 0.90),

@@ -193,21 +193,29 @@ def gradients_of(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def attention_part(options: argparse.Namespace) -> Seconds:
-    """Returns the seconds of attention, forward and backward, in bf16 over 2,048 tokens by length of sequence."""
+    """Returns the seconds of attention, forward and backward, over 2,048 tokens by precision, form and length."""
     import torch
 
+    from smoe_train.kernels import load_kernels
     from smoe_train.model.attention import Attention
     from smoe_train.model.performance import AttentionForm
 
-    def step(length: int, form: AttentionForm) -> Callable[[int], None]:
-        attention = Attention(256, 8, 0).to(torch.bfloat16)
-        attention.form = form
-        x = torch.randn(2048 // length, length, 256).to(torch.bfloat16).requires_grad_()
+    load_kernels()
+
+    def step(length: int, form: AttentionForm, dtype: torch.dtype) -> Callable[[int], None]:
+        attention = Attention(256, 8, 0).to(dtype)
+        attention.form, attention.fused = form, form == "cpp"
+        x = torch.randn(2048 // length, length, 256).to(dtype).requires_grad_()
         gradient = torch.randn_like(x)
         return lambda number: attention(x, None, None).backward(gradient)
 
-    forms: tuple[AttentionForm, ...] = ("sdpa", "matmul")
-    steps = {f"{form}_{length}": step(length, form) for length in (128, 256, 512, 1024) for form in forms}
+    forms: tuple[AttentionForm, ...] = ("sdpa", "matmul", "cpp")
+    steps = {
+        f"{precision}_{form}_{length}": step(length, form, dtype)
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        for length in (128, 256, 512, 1024)
+        for form in forms
+    }
     return interleave(steps, options.warmup, options.rounds, options.clock)
 
 
