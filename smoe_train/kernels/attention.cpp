@@ -223,8 +223,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_any, const Tensor& k_any, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_any, const Tensor& q_any, const Tensor& k_any,
-                                                      const Tensor& v_any, const Tensor& y, const Tensor& lse, bool causal) {
+                                                      const Tensor& v_any, const Tensor& y_any, const Tensor& lse_any,
+                                                      bool causal) {
   const Tensor dy = with_rows(dy_any), q = with_rows(q_any), k = with_rows(k_any), v = with_rows(v_any);
+  const Tensor y = with_rows(y_any), lse = lse_any.contiguous();
   const int64_t heads = q.size(1), length = q.size(2), width = q.size(3);
   Tensor dq = like_heads(q), dk = like_heads(q), dv = like_heads(q);
   dispatch(q.scalar_type(), [&](auto zero) {

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def attends(q_BHSW: Tensor, k_BHKW: Tensor, allowed: Tensor | None) -> bool:
+def attends(q_BHSW: Tensor, k_BHKW: Tensor, v_BHKW: Tensor, allowed: Tensor | None) -> bool:
     """Returns whether the operator computes this: self-attention on the CPU, in fp32 or bf16, without a mask."""
-    return allowed is None and q_BHSW.device.type == "cpu" and q_BHSW.dtype in DTYPES and q_BHSW.shape == k_BHKW.shape
+    alike = q_BHSW.shape == k_BHKW.shape == v_BHKW.shape and q_BHSW.dtype == k_BHKW.dtype == v_BHKW.dtype
+    return allowed is None and alike and q_BHSW.device.type == "cpu" and q_BHSW.dtype in DTYPES
 
 
 def attend(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, causal: bool) -> Tensor:
@@ -63,5 +65,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx: Any, dy: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
     return *torch.ops.smoe_train.attention_backward(dy, *ctx.saved_tensors, ctx.causal), None

@@ -52,12 +52,14 @@ struct Layout {
 
   Layout(const Tensor& row_of_slot_TK, const Tensor& rows_per_expert_E)
       : num_tokens(row_of_slot_TK.size(0)), num_slots(row_of_slot_TK.size(1)), num_experts(rows_per_expert_E.size(0)) {
+    TORCH_CHECK(row_of_slot_TK.is_contiguous() && rows_per_expert_E.is_contiguous(), "a plan has to be contiguous");
     const auto* counts = rows_per_expert_E.const_data_ptr<int64_t>();
     const auto* planned = row_of_slot_TK.const_data_ptr<int64_t>();
     int64_t num_planned = 0;
     for (int64_t expert = 0; expert < num_experts; ++expert) num_planned += counts[expert];
     std::vector<int64_t> slot_of_planned(num_planned, -1);
     for (int64_t slot = 0; slot < num_tokens * num_slots; ++slot) {
+      TORCH_CHECK(planned[slot] >= 0, "an empty slot's row is the number of rows, not ", planned[slot]);
       if (planned[slot] < num_planned)
         slot_of_planned[planned[slot]] = slot;
       else
@@ -260,7 +262,12 @@ template <typename T>
 void sum_rows(const T* rows, int64_t num_rows, int64_t width, T* sums) {
   for_vectors(width, [&](int64_t at, int64_t count) {
     Floats sum(0.0f);
-    for (int64_t row = 0; row < num_rows; ++row) sum = sum + load(rows + row * width + at, count);
+    for (int64_t begin = 0; begin < num_rows; begin += 128) {  // parts, or rounding adds up over an expert's rows
+      Floats part(0.0f);
+      for (int64_t row = begin; row < std::min(begin + 128, num_rows); ++row)
+        part = part + load(rows + row * width + at, count);
+      sum = sum + part;
+    }
     store(sum, sums + at, count);
   });
 }
@@ -329,7 +336,7 @@ void weights_backward(const T* inputs, int64_t height, const std::array<const T*
                     for (size_t p = 0; p < P; ++p)
                       for (int64_t i = 0; i < count; ++i)
                         for_vectors(columns, [&](int64_t at, int64_t left) {
-                          store(load(results[p] + i * COLUMNS + at, left), to[p] + (row + i) * width + column + at, left);
+                          stream(load(results[p] + i * COLUMNS + at, left), to[p] + (row + i) * width + column + at, left);
                         });
                   });
 }
@@ -416,6 +423,8 @@ Gradients backward(const Tensor& dy_TKD, const Tensor& x_TD, const Layout& layou
 template <typename T>
 Tensor combine(const Tensor& y_TKD, const Tensor& weights_TK) {
   const int64_t num_tokens = y_TKD.size(0), num_slots = y_TKD.size(1), d_model = y_TKD.size(2);
+  TORCH_CHECK(weights_TK.sizes() == y_TKD.sizes().slice(0, 2), "a weight for each slot of ", y_TKD.sizes(), ", not ",
+              weights_TK.sizes());
   Tensor out_TD = at::empty({num_tokens, d_model}, y_TKD.options());
   const T* y = y_TKD.const_data_ptr<T>();
   const float* weights = weights_TK.const_data_ptr<float>();
@@ -456,11 +465,29 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout_TD, const Tensor&
   return {dy_TKD, dweights_TK};
 }
 
+// What is read by pointers from here on is as large as the plan and the weights say, and lies as they say.
+void check(const Layout& layout, const Tensor& x_TD, const std::optional<Tensor>& w_gate, const Tensor& w_in,
+           const std::optional<Tensor>& b_in, const Tensor& w_out, const std::optional<Tensor>& b_out) {
+  TORCH_CHECK(w_in.dim() == 3 && w_in.size(0) == layout.num_experts, "the plan is for ", layout.num_experts, " experts");
+  const int64_t d_model = w_in.size(1), d_ff = w_in.size(2);
+  const auto is = [](const Tensor& tensor, std::vector<int64_t> sizes) {
+    TORCH_CHECK(tensor.sizes() == at::IntArrayRef(sizes), "expected ", at::IntArrayRef(sizes), ", not ", tensor.sizes());
+    TORCH_CHECK(tensor.is_contiguous(), "the experts' operators take contiguous tensors");
+  };
+  is(x_TD, {layout.num_tokens, d_model});
+  is(w_in, {layout.num_experts, d_model, d_ff});
+  is(w_out, {layout.num_experts, d_ff, d_model});
+  if (w_gate) is(*w_gate, {layout.num_experts, d_model, d_ff});
+  if (b_in) is(*b_in, {layout.num_experts, d_ff});
+  if (b_out) is(*b_out, {layout.num_experts, d_model});
+}
+
 std::tuple<Tensor, Tensor, Tensor> experts_forward(
     const Tensor& x_TD, const Tensor& row_of_slot_TK, const Tensor& rows_per_expert_E, const std::string& kind,
     const std::optional<Tensor>& w_gate, const Tensor& w_in, const std::optional<Tensor>& b_in, const Tensor& w_out,
     const std::optional<Tensor>& b_out) {
   const Layout layout(row_of_slot_TK, rows_per_expert_E);
+  check(layout, x_TD, w_gate, w_in, b_in, w_out, b_out);
   return dispatch(x_TD.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     return forward<T>(x_TD, layout, Weights<T>(kind, w_gate, w_in, b_in, w_out, b_out));
@@ -473,6 +500,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& w_in, const std::optional<Tensor>& b_in, const Tensor& w_out, const std::optional<Tensor>& b_out,
     bool need_weights) {
   const Layout layout(row_of_slot_TK, rows_per_expert_E);
+  check(layout, x_TD, w_gate, w_in, b_in, w_out, b_out);
+  TORCH_CHECK(hidden_RF.size(0) == layout.num_rows, "the forward pass had another layout: was oneDNN switched on or off?");
   const Gradients found = dispatch(x_TD.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     return backward<T>(dy_TKD, x_TD, layout, gate_RF, hidden_RF,

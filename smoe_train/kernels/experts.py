@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -21,7 +22,8 @@ def supports(x_TD: Tensor, weight: Tensor) -> bool:
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, row_of_slot_TK: Tensor, rows_E: Tensor, kind: str, *weights: Tensor) -> Tensor:
-        x_TD = x_TD.contiguous()
+        x_TD, row_of_slot_TK = x_TD.contiguous(), row_of_slot_TK.contiguous()
+        weights = tuple(weight.contiguous() for weight in weights)
         y_TKD, gate_RF, hidden_RF = torch.ops.smoe_train.experts_forward(
             x_TD, row_of_slot_TK, rows_E, kind, *_by_name(kind, weights)
         )
@@ -31,6 +33,7 @@ class _Experts(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, row_of_slot_TK, rows_E, gate_RF, hidden_RF, *weights = ctx.saved_tensors
         need_weights = any(ctx.needs_input_grad[4:])
@@ -84,6 +87,7 @@ class _Combine(torch.autograd.Function):
         return out_TD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         dy_TKD, dweights_TK = torch.ops.smoe_train.combine_backward(grads[0].contiguous(), *ctx.saved_tensors)
         return dy_TKD, dweights_TK

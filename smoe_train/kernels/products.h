@@ -94,6 +94,7 @@ Right<T> columns_of(const Right<T>& right, int64_t first, int64_t width, int64_t
   if (!interleaved) {
     transpose(from, right.stride, space, width, width, depth);
   } else if constexpr (!std::is_same_v<T, float>) {
+#if defined(CPU_CAPABILITY_AVX512)
     if (right.is_transposed) {  // pairs stay side by side
       transpose(reinterpret_cast<const float*>(from), right.stride / 2, reinterpret_cast<float*>(space), width, width,
                 depth / 2);
@@ -101,6 +102,7 @@ Right<T> columns_of(const Right<T>& right, int64_t first, int64_t width, int64_t
       prefetch(from, right.stride, depth, width);
       at::vec::pack_vnni2(from, space, right.stride, depth, width);
     }
+#endif
   }
   return {space, width};
 }

@@ -56,7 +56,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if self.fused and kernels.attends(q, k, allowed):
+        if self.fused and kernels.attends(q, k, v, allowed):
             y_BHSW = kernels.attend(q, k, v, self.causal)
         elif self.form == "matmul" or (self.form == "auto" and _matmul_is_faster(q)):
             y_BHSW = matmul_attention(q, k, v, allowed, self.causal)

@@ -81,6 +81,7 @@ def chunk_logits(model: nn.Module, config: PerformanceConfig) -> list[str]:
 
 
 def _fuse(model: nn.Module, config: PerformanceConfig, device_type: str) -> list[str]:
+    from smoe_train.errors import LaunchError
     from smoe_train.kernels.build import load_kernels, why_not
     from smoe_train.model.attention import Attention
     from smoe_train.model.feed_forward import StackedExperts
@@ -96,10 +97,17 @@ def _fuse(model: nn.Module, config: PerformanceConfig, device_type: str) -> list
         fused = [module for module in modules if isinstance(module, kinds)]
         if form not in ("cpp", "auto") or device_type != "cpu" or not fused:
             continue
-        if form == "auto" and (missing := why_not()) is not None:
+        missing = why_not() if form == "auto" else None
+        if missing is None:
+            try:
+                load_kernels()
+            except LaunchError as error:
+                if form != "auto":
+                    raise
+                missing = str(error)
+        if missing is not None:
             notes.append(f"{part}: PyTorch's operations, as {missing}")
             continue
-        load_kernels()
         for module in fused:
             module.fused = True  # type: ignore[assignment]
         notes.append(f"{part}: the compiled operator")

@@ -114,7 +114,27 @@ def test_what_has_a_mask_or_a_cache_is_left_to_pytorch(fused, monkeypatch):
     assert len(asked) == fused
     torch.testing.assert_close(layer(x_BSD, None, allowed), plain)
     assert len(asked) == fused
-    q = torch.ones(1, 1, 1, 8)
-    assert not attends(q, torch.ones(1, 1, 5, 8), None)
-    assert not attends(q.double(), q.double(), None)
-    assert not attends(q.to("meta"), q.to("meta"), None)
+    q, keys = torch.ones(1, 1, 1, 8), torch.ones(1, 1, 5, 8)
+    assert attends(q, q, q, None)
+    assert not attends(q, keys, keys, None)
+    assert not attends(q, q, q.bfloat16(), None)  # as autocast leaves them
+    for other in (q.double(), q.to("meta")):
+        assert not attends(other, other, other, None)
+
+
+def test_a_second_derivative_is_refused():
+    inputs = [tensor.detach().requires_grad_() for tensor in heads(torch.float32, 1, 1, 9, 8)[:3]]
+    (gradient,) = torch.autograd.grad(attend(*inputs, True).square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+def test_saved_values_may_come_back_with_other_strides():
+    """As a hook that keeps them elsewhere may give them."""
+    q, k, v, dy = heads(torch.float32, 2, 2, 70, 16)
+    expected = with_gradients(lambda *inputs: attend(*inputs, True), q, k, v, dy)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor, lambda tensor: tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    ):
+        found = with_gradients(lambda *inputs: attend(*inputs, True), q, k, v, dy)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

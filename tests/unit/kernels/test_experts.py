@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoe_train.errors import LaunchError
-from smoe_train.kernels import build, self_check
+from smoe_train.kernels import build, combine, run_experts, self_check
 from smoe_train.model.feed_forward import StackedExperts
 from smoe_train.parallel.dispatch_plan import plan_dispatch, plan_everyone, row_multiple
 
@@ -177,6 +177,44 @@ def test_what_it_does_not_compute_is_left_to_pytorch():
     experts.fused = True
     plan = plan_dispatch(torch.tensor([[0], [2]]), 3)
     assert experts(torch.ones(2, 24, dtype=torch.float64), plan).dtype == torch.float64
+
+
+def test_a_second_derivative_is_refused():
+    """Rather than taken to be 0."""
+    experts = stacked("swiglu", torch.float32, 3)
+    experts.fused = True
+    x_TD, y_TKD, weights_TK = (torch.randn(shape, requires_grad=True) for shape in ((10, 24), (10, 2, 24), (10, 2)))
+    plan = plan_dispatch(torch.randint(0, 3, (10, 2)), 3)
+    for result, origin in ((experts(x_TD, plan), x_TD), (combine(y_TKD, weights_TK), y_TKD)):
+        (gradient,) = torch.autograd.grad(result.square().sum(), origin, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward()
+
+
+def test_what_does_not_fit_together_is_refused():
+    experts = stacked("swiglu", torch.float32, 2)
+    weights = [experts.w_gate, experts.w_in, experts.w_out]
+    x_TD, row_TK, rows_E = torch.ones(3, 24), torch.tensor([[0], [1], [2]]), torch.tensor([2, 1])
+    for message, arguments in {
+        "an empty slot's row": (x_TD, row_TK - 1, rows_E),
+        "expected .3, 24., not .2, 24.": (x_TD[:2], row_TK, rows_E),
+        "expected .3, 24., not .3, 20.": (x_TD[:, :20], row_TK, rows_E),
+        "the plan is for 3 experts": (x_TD, row_TK, torch.tensor([1, 1, 1])),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            run_experts(*arguments, "swiglu", *weights)
+    with pytest.raises(RuntimeError, match="a weight for each slot"):
+        combine(torch.ones(3, 2, 24), torch.ones(3, 1))
+
+
+def test_biases_of_many_rows_keep_their_digits():
+    """One by one, 20,000 equal gradients would be off by 1e-4."""
+    experts, rows = stacked("relu", torch.float32, 1, 8, 8), 20_000
+    plan = plan_dispatch(torch.zeros(rows, 1, dtype=torch.int64), 1)
+    gradients = run(experts, torch.ones(rows, 8), plan, torch.full((rows, 1, 8), 0.1), fused=True)
+    names = [name for name, _ in experts.named_parameters()]
+    expected = torch.full((1, 8), float(torch.tensor(0.1)) * rows)
+    torch.testing.assert_close(gradients[2 + names.index("b_out")], expected, rtol=5e-6, atol=0)
 
 
 def test_operators_that_are_wrong_on_a_cpu_are_not_used(kernel, monkeypatch):

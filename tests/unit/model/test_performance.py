@@ -100,3 +100,18 @@ def test_auto_says_why_there_is_no_operator(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "a-file"))
     with pytest.raises(LaunchError, match="TORCH_EXTENSIONS_DIR"):
         apply_performance(model, PerformanceConfig(experts="cpp"), "cpu")
+    monkeypatch.delenv("CXX")  # there is a compiler, but the operators cannot be had
+    notes = apply_performance(model, PerformanceConfig(experts="auto", attention="auto"), "cpu")
+    assert [note.split(":")[0] for note in notes] == ["attention", "experts"]
+    assert all("TORCH_EXTENSIONS_DIR" in note for note in notes)
+    assert not any(module.fused for module in modules(model, (StackedExperts, Attention, Router)))
+
+
+@pytest.mark.parametrize(("form", "fused"), [("sdpa", False), ("matmul", False), ("cpp", True), ("auto", True)])
+def test_attention_has_the_operator_where_asked_for(form, fused):
+    model = SmoeForCausalLM(small_config())
+    notes = apply_performance(model, PerformanceConfig(attention=form), "cpu")
+    assert [module.fused for module in modules(model, Attention)] == [fused] * len(modules(model, Attention))
+    assert notes == ["attention: the compiled operator"] * fused
+    assert not any(module.fused for module in modules(model, StackedExperts))
+    assert apply_performance(SmoeForCausalLM(small_config()), PerformanceConfig(attention=form), "cuda") == []
