@@ -66,7 +66,10 @@ SCENARIOS = (
     Scenario("fp32", "fp32", (*BOUND, *COMPILED, *GROUPED, *DEEPSPEED, *SLOW)),
     Scenario("bf16", "bf16", (*BOUND, *COMPILED, *GROUPED, *DEEPSPEED), warmup=TUNED_WARMUP),
     Scenario(
-        "bf16_defaults", "bf16", ("dense", *LAYERS, "smoe_train_attention", *GROUPED, *DEEPSPEED, *SLOW), tuned=False
+        "bf16_defaults",
+        "bf16",
+        ("dense", *LAYERS, "smoe_train_attention", "smoe_train_compiled", *GROUPED, *DEEPSPEED, *SLOW),
+        tuned=False,
     ),
     *(
         Scenario(f"{precision}_{experts}_experts", precision, BOUND, {"experts": experts})
@@ -101,7 +104,7 @@ SPEED_GOALS = (
     ("bf16_defaults", "smoe_train", "mixtral_grouped", 2.8),
     ("bf16_defaults", "smoe_train", "mixtral_block_grouped", 2.8),
     ("bf16_defaults", "smoe_train_attention", "deepspeed_dropless", 1.7),
-    ("bf16_defaults", "smoe_train_attention", "mixtral_grouped", 2.8),
+    ("bf16_defaults", "smoe_train_compiled", "mixtral_grouped", 2.8),
     ("bf16_64_experts", "smoe_train", "dense", 0.55),
     ("bf16_64_experts", "smoe_train", "oracle", 1.0),
     ("bf16_8192_tokens", "smoe_train", "dense", 0.90),

@@ -38,7 +38,7 @@ template <typename T>
 inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t columns) {
   constexpr int64_t LINE = 64 / sizeof(T);
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t column = 0; column < columns; column += LINE) __builtin_prefetch(from + row * stride + column);
+    for (int64_t column = 0; column < columns; column += LINE) __builtin_prefetch(from + row * stride + column, 0, 2);
 }
 
 template <typename T>
@@ -120,6 +120,10 @@ void multiply(const std::array<Left<T>, P>& lefts, const std::array<Right<T>, P>
     std::array<Right<T>, P> parts;
     for (size_t p = 0; p < P; ++p) 
       parts[p] = columns_of(rights[p], column, width, depth, interleaved, space + p * COLUMNS * depth);
+    const int64_t next = column + COLUMNS;
+    for (size_t p = 0; p < P && interleaved && next < last; ++p)  // while these columns are computed
+      if (rights[p].is_transposed)
+        prefetch(rights[p].data + next * rights[p].stride, rights[p].stride, std::min(COLUMNS, last - next), depth);
     for (int64_t row = 0; row < rows; row += ROWS) {
       const int64_t height = std::min(ROWS, rows - row);
       std::array<const float*, P> results;
