@@ -118,7 +118,7 @@ void multiply(const std::array<Left<T>, P>& lefts, const std::array<Right<T>, P>
   for (int64_t column = first; column < last; column += COLUMNS) {
     const int64_t width = std::min(COLUMNS, last - column);
     std::array<Right<T>, P> parts;
-    for (size_t p = 0; p < P; ++p) 
+    for (size_t p = 0; p < P; ++p)
       parts[p] = columns_of(rights[p], column, width, depth, interleaved, space + p * COLUMNS * depth);
     const int64_t next = column + COLUMNS;
     for (size_t p = 0; p < P && interleaved && next < last; ++p)  // while these columns are computed
