@@ -116,6 +116,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", action="store_true", help="peak against the analytical minimum")
     parser.add_argument("--growth", type=int, nargs="?", const=10_000, metavar="STEPS", help="default 10000 steps")
+    parser.add_argument("--operators", action="store_true", help="growth with the compiled operators, not PyTorch's")
     parser.add_argument("--billion", action="store_true", help="a billion parameters within 20 GiB")
     parser.add_argument(
         "--only", action="append", metavar="NAME", choices=CONFIGURATIONS, help="of --peak, these alone"
@@ -262,7 +263,7 @@ def measure_peak(name: str, folder: Path, runtimes: dict[str, int]) -> Peak:
     return Peak(name, least, in_use, build, steps, save, runtime, round(in_use / least, 3), round(steps / least, 3))
 
 
-def measure_growth(steps: int, folder: Path) -> list[Reading]:
+def measure_growth(steps: int, folder: Path, operators: bool = False) -> list[Reading]:
     """Trains a tiny model in this process and returns what it held every tenth of the way."""
     from smoe_train.training.heap import resident_bytes
 
@@ -282,6 +283,7 @@ def measure_growth(steps: int, folder: Path) -> list[Reading]:
         "evaluation": {"every_steps": max(1, steps // 20), "max_tokens": 1024},
         "checkpoint": {"every_steps": max(1, steps // 50), "keep_last": 2},
         "parallel": LOCAL,
+        "performance": {"experts": "cpp", "attention": "cpp"} if operators else {},
     }
     trainer = trainer_of(recipe_of("bench-growth", 1, steps, tiny), folder)
     readings: list[Reading] = []
@@ -385,7 +387,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             goals |= peak_goals(peaks)
         if options.growth:
             (folder / "growth").mkdir()
-            readings = measure_growth(options.growth, folder / "growth")
+            readings = measure_growth(options.growth, folder / "growth", options.operators)
             rows += [{"part": "growth", **asdict(one)} for one in readings]
             goals |= growth_goals(readings)
     return {"goals": goals, "rows": rows, "settings": {"cores": os.cpu_count(), "python": sys.version.split()[0]}}
