@@ -11,8 +11,8 @@
 #include <limits>
 #include <tuple>
 
-#include "common.h"
 #include "products.h"
+#include "vectors_and_tasks.h"
 
 namespace {
 
@@ -76,7 +76,7 @@ template <typename T>
 void forward_head(const Head<T>& q, const Head<T>& k, const Head<T>& v, const Head<T>& y, float* lse, int64_t length,
                   int64_t width, bool causal) {
   const Form<T> form(width);
-  const int64_t blocks = (length + SIDE - 1) / SIDE, padded = blocks * SIDE;
+  const int64_t padded = round_up(length, SIDE);
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   T *keys = space_for<T, 0>(padded * width), *values = space_for<T, 1>(padded * width), *p = space_for<T, 2>(SIDE * padded);
   float *scores = space_for<float, 3>(SIDE * padded), *sums = space_for<float, 4>(SIDE * width);
@@ -136,10 +136,10 @@ template <typename T>
 void backward_head(const Head<T>& dy, const Head<T>& q, const Head<T>& k, const Head<T>& v, const Head<T>& y, const float* lse,
                    const Head<T>& dq, const Head<T>& dk, const Head<T>& dv, int64_t length, int64_t width, bool causal) {
   const Form<T> form(width);
-  const int64_t blocks = (length + SIDE - 1) / SIDE, padded = blocks * SIDE, size = padded * width;
+  const int64_t size = round_up(length, SIDE) * width;
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   T* const packed = space_for<T, 0>(4 * size);
-  float *dq_sums = space_for<float, 1>(size), *delta = space_for<float, 2>(2 * padded), *lse_padded = delta + padded;
+  float *dq_sums = space_for<float, 1>(size), *delta = space_for<float, 2>(length);
   std::vector<Right<T>> q_over_width, q_over_rows, dy_over_width, dy_over_rows;
   std::fill(dq_sums, dq_sums + size, 0.0f);
   for (int64_t first = 0; first < length; first += SIDE) {
@@ -156,10 +156,7 @@ void backward_head(const Head<T>& dy, const Head<T>& q, const Head<T>& k, const 
       sum = fmadd(load(dy.row(row) + at, count), load(y.row(row) + at, count), sum);
     });
     delta[row] = sum_of(sum);
-    lse_padded[row] = lse[row];
   }
-  std::fill(delta + length, delta + padded, 0.0f);
-  std::fill(lse_padded + length, lse_padded + padded, 0.0f);
   // Blocks of keys times queries: transposed, so that they are left matrices as they are for the keys' gradients.
   alignas(64) float s[SIDE * SIDE], dp[SIDE * SIDE];
   alignas(64) T p[SIDE * SIDE], ds[SIDE * SIDE], ds_transposed[SIDE * SIDE];
@@ -178,7 +175,7 @@ void backward_head(const Head<T>& dy, const Head<T>& q, const Head<T>& k, const 
         const int64_t begin = causal && first == key ? i : 0;
         for_vectors(rows, [&](int64_t at, int64_t count) {
           const int64_t here = i * SIDE + at;
-          const Floats e = (load(s + here, count) * Floats(scale) - load(lse_padded + first + at, count)).exp_u20();
+          const Floats e = (load(s + here, count) * Floats(scale) - load(lse + first + at, count)).exp_u20();
           store(e, p + here, count);
           store(e * (load(dp + here, count) - load(delta + first + at, count)) * Floats(scale), ds + here, count);
         });

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DTYPES = (torch.float32, torch.bfloat16)
+from smoe_train.kernels.experts import DTYPES
 
 
 def attends(q_BHSW: Tensor, k_BHKW: Tensor, v_BHKW: Tensor, allowed: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ from smoe_train.kernels import attention, self_check
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "attention.cpp", FOLDER / "experts.cpp")
-HEADERS = (FOLDER / "common.h", FOLDER / "products.h")
+HEADERS = (FOLDER / "products.h", FOLDER / "vectors_and_tasks.h")
 LIBRARY = "smoe_train_kernels"
 COMPLETE = "complete"  # the file that says that a build was not broken off
 

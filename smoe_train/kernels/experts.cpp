@@ -19,8 +19,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "common.h"
 #include "products.h"
+#include "vectors_and_tasks.h"
 
 namespace {
 

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <array>
 
-#include "common.h"
+#include "vectors_and_tasks.h"
 
 namespace smoe_train {
 

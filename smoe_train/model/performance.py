@@ -81,34 +81,40 @@ def chunk_logits(model: nn.Module, config: PerformanceConfig) -> list[str]:
 
 
 def _fuse(model: nn.Module, config: PerformanceConfig, device_type: str) -> list[str]:
-    from smoe_train.errors import LaunchError
-    from smoe_train.kernels.build import load_kernels, why_not
     from smoe_train.model.attention import Attention
     from smoe_train.model.feed_forward import StackedExperts
     from smoe_train.routing import Router
 
-    modules = list(model.modules())
-    parts: dict[str, tuple[str, tuple[type[nn.Module], ...]]] = {
-        "attention": (config.attention, (Attention,)),
-        "experts": (config.experts, (StackedExperts, Router)),
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {"attention": (Attention,), "experts": (StackedExperts, Router)}
+    forms: dict[str, str] = {"attention": config.attention, "experts": config.experts}
+    parts = {
+        part: [module for module in model.modules() if isinstance(module, kinds[part])]
+        for part, form in forms.items()
+        if form in ("cpp", "auto") and device_type == "cpu"
     }
-    notes = []
-    for part, (form, kinds) in parts.items():
-        fused = [module for module in modules if isinstance(module, kinds)]
-        if form not in ("cpp", "auto") or device_type != "cpu" or not fused:
-            continue
-        missing = why_not() if form == "auto" else None
-        if missing is None:
-            try:
-                load_kernels()
-            except LaunchError as error:
-                if form != "auto":
-                    raise
-                missing = str(error)
-        if missing is not None:
-            notes.append(f"{part}: PyTorch's operations, as {missing}")
-            continue
-        for module in fused:
+    parts = {part: modules for part, modules in parts.items() if modules}
+    if not parts:
+        return []
+    missing = _missing_operators(required=any(forms[part] == "cpp" for part in parts))
+    if missing is not None:
+        return [f"{part}: PyTorch's operations, as {missing}" for part in parts]
+    for modules in parts.values():
+        for module in modules:
             module.fused = True  # type: ignore[assignment]
-        notes.append(f"{part}: the compiled operator")
-    return notes
+    return [f"{part}: the compiled operator" for part in parts]
+
+
+def _missing_operators(required: bool) -> str | None:
+    """Loads the compiled operators; returns why they cannot be had, which is an error where they are required."""
+    from smoe_train.errors import LaunchError
+    from smoe_train.kernels.build import load_kernels, why_not
+
+    missing = None if required else why_not()
+    if missing is None:
+        try:
+            load_kernels()
+        except LaunchError as error:
+            if required:
+                raise
+            missing = str(error)
+    return missing
